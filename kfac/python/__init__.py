@@ -1,0 +1,1 @@
+"""Implementation packages; import the public names from `kfac`."""

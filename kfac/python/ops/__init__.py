@@ -1,0 +1,1 @@
+"""The graph-level core: losses, factors, blocks, estimator, optimizers."""
