@@ -92,7 +92,9 @@ class Run:
 
     def _start_session(self, build, seed):
         self.graph = tf.Graph()
-        switches = v2_behavior_off() if self.kind == V1_OFF else contextlib.nullcontext()
+        switches = (
+            v2_behavior_off() if self.kind == V1_OFF else contextlib.nullcontext()
+        )
         with switches, self.graph.as_default():
             tf1.set_random_seed(seed)
             fetches = build()
