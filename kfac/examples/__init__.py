@@ -1,0 +1,1 @@
+"""Programs with absl flags that run on the embedded data without a download."""
