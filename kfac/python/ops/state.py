@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -161,12 +161,30 @@ def get_variable(
         )
 
 
+@contextlib.contextmanager
+def parameter_names(names: Mapping[Any, str]) -> Iterator[None]:
+    """Gives parameters other paths than their variables' names, while building.
+
+    Args:
+      names: `variable.ref()` -> path. Keras needs it: its paths are unique, but the
+        names of the `tf.Variable`s beneath are not.
+    """
+    before = getattr(_active, "parameter_names", {})
+    _active.parameter_names = {**before, **names}
+    try:
+        yield
+    finally:
+        _active.parameter_names = before
+
+
 def parameter_path(params: Any) -> str:
     """Stable path of a parameter or of a group (its first member), without `:0`."""
     if isinstance(params, (list, tuple)):
         params = params[0]
-    path = getattr(params, "path", None) or params.name
-    return path.split(":")[0]
+    names = getattr(_active, "parameter_names", {})
+    if names and hasattr(params, "ref") and params.ref() in names:
+        return names[params.ref()]
+    return params.name.split(":")[0]
 
 
 def _initial_value_fn(initializer: Any) -> Callable[..., tf.Tensor]:
