@@ -31,6 +31,8 @@ class PerContextCache:
         self._values: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def get(self) -> Any:
+        if tf.executing_eagerly():  # A value would outlive the next assignment.
+            return self._compute()
         graph = tf.compat.v1.get_default_graph()
         by_context = self._values.setdefault(graph, {})
         context = private_tf.control_flow_context(graph)
