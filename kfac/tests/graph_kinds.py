@@ -17,6 +17,7 @@ effects with `tf.control_dependencies` and return tensors read after them.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,7 +69,15 @@ def variable(
             return tf1.get_variable(
                 name, initializer=value, use_resource=True, trainable=trainable
             )
-        return tf.Variable(value, name=name, trainable=trainable)
+        # A function that creates variables is traced twice; the second trace must
+        # find the first one's.
+        made = _variables.setdefault(state.current_store(), {})
+        if name not in made:
+            made[name] = tf.Variable(value, name=name, trainable=trainable)
+        return made[name]
+
+
+_variables: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class Run:

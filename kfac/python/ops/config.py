@@ -47,6 +47,8 @@ class Settings:
       pi_type: "tracenorm" or "off", how damping is split between two factors.
       posdef_inv_method: "cholesky", "matrix_inverse" or "eig".
       posdef_eig_method: "self_adjoint" or "svd".
+      tf_replicator: object with `num_replicas_in_sync`, `current_replica_id`,
+        `all_sum` and `map_gather` that replaces `tf.distribute`, or None.
       include_damping_in_qmodel_change: count the damping term in `qmodel_change`.
       cholesky_jitters: multiples of the mean diagonal tried, in order, when a
         Cholesky factorisation fails.
@@ -71,6 +73,7 @@ class Settings:
     pi_type: str = "tracenorm"
     posdef_inv_method: str = "cholesky"
     posdef_eig_method: str = "self_adjoint"
+    tf_replicator: Any = None
     include_damping_in_qmodel_change: bool = False
     cholesky_jitters: tuple[float, ...] = (1e-6, 1e-4, 1e-2)
 
@@ -111,9 +114,16 @@ def install_facade(module_name: str, fields: Mapping[str, str]) -> None:
     """
 
     def facade(field: str) -> property:
+        def assign(module: types.ModuleType, value: Any) -> None:
+            global _current
+            # Unlike `replace`, an assignment of None means None.
+            _current = dataclasses.replace(_current, **{field: value})
+
         return property(
             lambda module: getattr(_current, field),
-            lambda module, value: replace(**{field: value}),
+            assign,
+            # Deleting (as `unittest.mock` does on exit) puts the default back.
+            lambda module: assign(module, getattr(Settings, field)),
         )
 
     module = sys.modules[module_name]

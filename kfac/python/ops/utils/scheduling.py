@@ -1,0 +1,66 @@
+"""Which ops run at which step, and printing from graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from kfac.python.ops.utils import replicas
+
+
+def batch_execute(
+    global_step: Any,
+    thunks: Sequence[Callable[[], Any]],
+    batch_size: int,
+    name: str | None = None,
+) -> list[tf.Operation]:
+    """Spreads the thunks' work over steps, round-robin.
+
+    Args:
+      global_step: int scalar.
+      thunks: functions that build ops; what they return is run and then ignored.
+      batch_size: number of thunks that do work at each step.
+      name: name scope.
+
+    Returns:
+      One op for each thunk.  Thunk j of N works at step k iff
+      `(batch_size - 1 + k batch_size - j) mod N < batch_size`.
+    """
+    if not thunks:
+        return []
+    with tf.name_scope(name or "batch_execute"):
+        step = tf.cast(global_step, tf.int64)
+        # Reduced first, so that the product cannot overflow.
+        start = batch_size - 1 + (step % len(thunks)) * batch_size
+        return [
+            tf.group(
+                replicas.smart_cond(
+                    tf.math.floormod(start - j, len(thunks)) < batch_size,
+                    lambda thunk=thunk: _run(thunk),
+                    lambda: tf.constant(False),
+                )
+            )
+            for j, thunk in enumerate(thunks)
+        ]
+
+
+def _run(thunk: Callable[[], Any]) -> tf.Tensor:
+    # Graphs in a v1 session run only what a result depends on.
+    with tf.control_dependencies([tf.group(*tf.nest.flatten(thunk() or []))]):
+        return tf.constant(True)
+
+
+def multiline_print(lists: Sequence[Sequence[Any]]) -> tf.Operation:
+    """One op that prints a line for each sequence of items."""
+    items: list[Any] = []
+    for line_number, line in enumerate(lists):
+        first, *rest = line
+        if line_number == 0:
+            items += [first, *rest]
+        elif isinstance(first, str):
+            items += ["\n" + first, *rest]
+        else:
+            items += ["\n", first, *rest]
+    return tf.print(*items)
