@@ -96,8 +96,8 @@ class CategoricalLogitsNegativeLogProbLoss(
 
     def _compute_probabilities(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Pair (p, √p); halving logarithms keeps √p where p underflows."""
-        logits = tf.convert_to_tensor(self._logits)
-        return tf.nn.softmax(logits), tf.exp(0.5 * tf.nn.log_softmax(logits))
+        q = tf.exp(0.5 * tf.nn.log_softmax(tf.convert_to_tensor(self._logits)))
+        return tf.square(q), q
 
 
 class OnehotCategoricalLogitsNegativeLogProbLoss(CategoricalLogitsNegativeLogProbLoss):
