@@ -62,7 +62,7 @@ def damped_inverse(
     if method not in _INVERT:
         raise KeyError(f"Unknown method {method!r}; choose one of {sorted(_INVERT)}.")
     previous = None if previous is None else [previous]
-    (inverse,), fell_back = _with_fallbacks(
+    (inverse,), fell_back = with_fallbacks(
         lambda damped: [_INVERT[method](damped)], matrix, damping, previous
     )
     return inverse, fell_back
@@ -73,7 +73,7 @@ def damped_cholesky(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Lower triangular L with `L Lᵀ = matrix + damping I`, and whether replaced."""
     previous = None if previous is None else [previous]
-    (factor,), fell_back = _with_fallbacks(
+    (factor,), fell_back = with_fallbacks(
         lambda damped: [tf.linalg.cholesky(damped)], matrix, damping, previous
     )
     return factor, fell_back
@@ -96,7 +96,7 @@ def damped_cholesky_inverse(
         factor = tf.linalg.cholesky(damped)
         return [factor, triangular_inverse(factor)]
 
-    (factor, inverse), fell_back = _with_fallbacks(
+    (factor, inverse), fell_back = with_fallbacks(
         attempt, matrix, damping, previous, num_results=2
     )
     return factor, inverse, fell_back
@@ -144,40 +144,23 @@ def damped_power(
     return power, tf.logical_not(good)
 
 
-def _cholesky_inverse(damped: tf.Tensor) -> tf.Tensor:
-    # One triangular inverse and one product take about a third of the time of
-    # `cholesky_solve` against the identity.
-    inverse = triangular_inverse(tf.linalg.cholesky(damped))
-    return tf.matmul(inverse, inverse, transpose_a=True)
-
-
-def _eig_inverse(damped: tf.Tensor) -> tf.Tensor:
-    inverse, fell_back = damped_power(symmetric_eig(damped), -1, 0.0)
-    # Let the common path see the failure that the identity would hide.
-    return tf.where(_over_matrix(fell_back), _nan_like(inverse), inverse)
-
-
-def _general_inverse(damped: tf.Tensor) -> tf.Tensor:
-    finite = _over_matrix(_all_finite(damped))
-    inverse = tf.linalg.inv(tf.where(finite, damped, _identity_like(damped)))
-    return tf.where(finite, inverse, _nan_like(inverse))
-
-
-_INVERT = {
-    "cholesky": _cholesky_inverse,
-    "eig": _eig_inverse,
-    "matrix_inverse": _general_inverse,
-}
-
-
-def _with_fallbacks(
+def with_fallbacks(
     attempt: Callable[[tf.Tensor], list[tf.Tensor]],
     matrix: tf.Tensor,
     damping: Any,
     previous: Sequence[Any] | None,
     num_results: int = 1,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
-    """`attempt(matrix + damping I)`, made good as the module's docstring says."""
+    """`attempt(matrix + damping I)`, made good as the module's docstring says.
+
+    Args:
+      attempt: takes the damped matrix, returns several functions of it, for instance
+        of one factorisation; not finite where it fails.
+      matrix: symmetric `[..., n, n]`.
+      damping: scalar or batch.
+      previous: last good results, or None. They are used together or not at all.
+      num_results: how many matrices `attempt` returns.
+    """
     damped = _add_to_diagonal(matrix, damping)
     scale = tf.reduce_mean(tf.abs(tf.linalg.diag_part(damped)), axis=-1)
     jitters = (0.0, *config.settings().cholesky_jitters)
@@ -204,6 +187,32 @@ def _with_fallbacks(
         unfinished, next_round, (tf.constant(0), none, none, *start)
     )
     return _replace_bad(results, good, previous), fell_back
+
+
+def _cholesky_inverse(damped: tf.Tensor) -> tf.Tensor:
+    # One triangular inverse and one product take about a third of the time of
+    # `cholesky_solve` against the identity.
+    inverse = triangular_inverse(tf.linalg.cholesky(damped))
+    return tf.matmul(inverse, inverse, transpose_a=True)
+
+
+def _eig_inverse(damped: tf.Tensor) -> tf.Tensor:
+    inverse, fell_back = damped_power(symmetric_eig(damped), -1, 0.0)
+    # Let the common path see the failure that the identity would hide.
+    return tf.where(_over_matrix(fell_back), _nan_like(inverse), inverse)
+
+
+def _general_inverse(damped: tf.Tensor) -> tf.Tensor:
+    finite = _over_matrix(_all_finite(damped))
+    inverse = tf.linalg.inv(tf.where(finite, damped, _identity_like(damped)))
+    return tf.where(finite, inverse, _nan_like(inverse))
+
+
+_INVERT = {
+    "cholesky": _cholesky_inverse,
+    "eig": _eig_inverse,
+    "matrix_inverse": _general_inverse,
+}
 
 
 def _replace_bad(
