@@ -18,3 +18,28 @@ def control_flow_context(graph: tf.Graph) -> Any:
     (Branches of v2 conditionals are graphs of their own.)
     """
     return graph._get_control_flow_context()
+
+
+def add_optimizer_slot(
+    optimizer: tf.compat.v1.train.Optimizer, variable: Any, name: str, slot: Any
+) -> None:
+    """Makes `slot` what `optimizer.get_slot(variable, name)` returns.
+
+    Reason: a v1 optimizer makes its slots itself, by `tf.compat.v1.get_variable`; ours
+    must outlive a function's trace and hence come from the `state` module, and yet be
+    found by everything that knows optimizers (`get_slot`, `variables`, wrappers).
+    """
+    from tensorflow.python.training import optimizer as tf_optimizer
+
+    optimizer._slot_dict(name)[tf_optimizer._var_key(variable)] = slot
+
+
+def gradient_function(name: str) -> Any:
+    """The gradient function registered under `name`.
+
+    Reason: the copy of a `tf.custom_gradient` needs the original's gradient function;
+    TensorFlow's registry can be written to publicly, but not read.
+    """
+    from tensorflow.python.framework import ops
+
+    return ops.gradient_registry.lookup(name)
