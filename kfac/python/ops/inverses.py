@@ -113,8 +113,7 @@ def symmetric_eig(matrix: tf.Tensor) -> Eigendecomposition:
     A matrix that is not finite would raise, or give NaN, depending on the device;
     the identity takes its place and `failed` says so.
     """
-    finite = _all_finite(matrix)
-    matrix = tf.where(_over_matrix(finite), matrix, _identity_like(matrix))
+    matrix, finite = _finite_or_identity(tf.convert_to_tensor(matrix))
     eigenvalues, eigenvectors = tf.linalg.eigh(matrix)
     return Eigendecomposition(eigenvalues, eigenvectors, tf.logical_not(finite))
 
@@ -161,7 +160,7 @@ def with_fallbacks(
       previous: last good results, or None. They are used together or not at all.
       num_results: how many matrices `attempt` returns.
     """
-    damped = _add_to_diagonal(matrix, damping)
+    damped, finite = _finite_or_identity(_add_to_diagonal(matrix, damping))
     scale = tf.reduce_mean(tf.abs(tf.linalg.diag_part(damped)), axis=-1)
     jitters = (0.0, *config.settings().cholesky_jitters)
 
@@ -181,12 +180,13 @@ def with_fallbacks(
         fell_back = tf.logical_or(fell_back, tf.logical_not(good))
         return (round_ + 1, good, fell_back, *kept)
 
-    none = tf.zeros_like(scale, tf.bool)
+    none = tf.zeros_like(finite)
     start = [tf.zeros_like(damped) for _ in range(num_results)]
     _, good, fell_back, *results = tf.while_loop(
         unfinished, next_round, (tf.constant(0), none, none, *start)
     )
-    return _replace_bad(results, good, previous), fell_back
+    results = _replace_bad(results, tf.logical_and(good, finite), previous)
+    return results, tf.logical_or(fell_back, tf.logical_not(finite))
 
 
 def _cholesky_inverse(damped: tf.Tensor) -> tf.Tensor:
@@ -197,21 +197,16 @@ def _cholesky_inverse(damped: tf.Tensor) -> tf.Tensor:
 
 
 def _eig_inverse(damped: tf.Tensor) -> tf.Tensor:
-    inverse, fell_back = damped_power(symmetric_eig(damped), -1, 0.0)
-    # Let the common path see the failure that the identity would hide.
-    return tf.where(_over_matrix(fell_back), _nan_like(inverse), inverse)
-
-
-def _general_inverse(damped: tf.Tensor) -> tf.Tensor:
-    finite = _over_matrix(_all_finite(damped))
-    inverse = tf.linalg.inv(tf.where(finite, damped, _identity_like(damped)))
-    return tf.where(finite, inverse, _nan_like(inverse))
+    values, vectors = tf.linalg.eigh(damped)
+    # An indefinite matrix is as bad here as it is for a Cholesky factorisation.
+    values = tf.where(values > 0, values, tf.constant(float("nan"), values.dtype))
+    return tf.matmul(vectors / values[..., None, :], vectors, transpose_b=True)
 
 
 _INVERT = {
     "cholesky": _cholesky_inverse,
     "eig": _eig_inverse,
-    "matrix_inverse": _general_inverse,
+    "matrix_inverse": tf.linalg.inv,
 }
 
 
@@ -258,6 +253,14 @@ def _all_finite(*matrices: tf.Tensor) -> tf.Tensor:
     return tf.reduce_all(tf.stack(finite), axis=0)
 
 
+def _finite_or_identity(matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The matrix where it is finite, else the identity; and where it is."""
+    # Not every factorisation of an infinite matrix has an infinite result, and some
+    # raise an error.
+    finite = _all_finite(matrix)
+    return tf.where(_over_matrix(finite), matrix, _identity_like(matrix)), finite
+
+
 def _over_matrix(flags: tf.Tensor) -> tf.Tensor:
     return flags[..., None, None]
 
@@ -266,7 +269,3 @@ def _identity_like(matrix: tf.Tensor) -> tf.Tensor:
     return tf.linalg.set_diag(
         tf.zeros_like(matrix), tf.ones_like(tf.linalg.diag_part(matrix))
     )
-
-
-def _nan_like(matrix: tf.Tensor) -> tf.Tensor:
-    return tf.fill(tf.shape(matrix), tf.constant(float("nan"), matrix.dtype))

@@ -78,7 +78,7 @@ class LinearOperatorExtras:
         x: Any,
         adjoint: bool = False,
         adjoint_arg: bool = False,
-        name: str = "matmul_right",
+        name: str = "matmul",
     ) -> Any:
         """`op(x) · op(A)`; arguments and errors like `matmul`.
 

@@ -1,0 +1,1 @@
+"""Schedules around the optimizer, and data readers that remember the last batch."""
