@@ -60,6 +60,17 @@ def test_samples_have_the_predicted_distribution(case):
             _assert_mean(samples, p, p * (1 - p))
 
 
+def test_rare_outcomes_of_half_precision_logits_keep_their_frequency():
+    """Logits of -6 have p = 0.0025; uniform bfloat16 numbers are multiples of 1/128."""
+
+    def build():
+        logits = tf.fill([DRAWS], tf.constant(-6.0, tf.bfloat16))
+        return loss_functions.MultiBernoulliNegativeLogProbLoss(logits).sample(seed=2)
+
+    p = 1 / (1 + np.exp(6.0))
+    _assert_mean(in_function(build), p, p * (1 - p))
+
+
 @every_loss
 def test_elements_of_a_sample_are_independent(case):
     samples, _ = _many(case)

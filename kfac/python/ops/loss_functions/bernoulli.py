@@ -52,8 +52,10 @@ class MultiBernoulliNegativeLogProbLoss(
     def sample(self, seed: Any = None) -> tf.Tensor:
         """Zeros and ones, int32, shape of the logits."""
         logits = tf.convert_to_tensor(self._logits)
-        uniform = sampling.uniform(tf.shape(logits), logits.dtype, seed)
-        return tf.cast(uniform < tf.sigmoid(logits), tf.int32)
+        # Half-precision uniform numbers are too coarse for rare outcomes.
+        wide = tf.float64 if logits.dtype == tf.float64 else tf.float32
+        uniform = sampling.uniform(tf.shape(logits), wide, seed)
+        return tf.cast(uniform < tf.sigmoid(tf.cast(logits, wide)), tf.int32)
 
     def _evaluate(self, targets: Any) -> tf.Tensor:
         logits = tf.convert_to_tensor(self._logits)
