@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 tf1 = tf.compat.v1
@@ -45,6 +46,7 @@ class VariableStore(tf.Module):
     def __init__(self, name: str | None = None):
         super().__init__(name=name)
         self._by_name: dict[str, tf.Variable] = {}
+        self._loaded: dict[str, np.ndarray] = {}
 
     @contextlib.contextmanager
     def as_default(self) -> Iterator[VariableStore]:
@@ -72,7 +74,11 @@ class VariableStore(tf.Module):
         if name not in self._by_name:
             with tf1.name_scope(None):  # The name must not depend on the trace.
                 self._by_name[name] = tf.Variable(
-                    initial_value, shape=shape, dtype=dtype, name=name, **kwargs
+                    self._initial_value(name, initial_value, dtype),
+                    shape=shape,
+                    dtype=dtype,
+                    name=name,
+                    **kwargs,
                 )
         variable = self._by_name[name]
         if variable.dtype != dtype or not variable.shape.is_compatible_with(shape):
@@ -83,6 +89,26 @@ class VariableStore(tf.Module):
                 "for another model."
             )
         return variable
+
+    def load(self, values: Mapping[str, np.ndarray]) -> None:
+        """Sets variables by name; the values of unknown ones wait for their creation.
+
+        `tf.train.Checkpoint` does the same by itself; this is for other file formats.
+        """
+        for name, value in values.items():
+            if name in self._by_name:
+                self._by_name[name].assign(value)
+            else:
+                self._loaded[name] = value
+
+    def not_yet_loaded(self) -> list[str]:
+        """Names given to `load` whose variables have not been created so far."""
+        return sorted(self._loaded)
+
+    def _initial_value(self, name, initial_value, dtype):
+        if name not in self._loaded:
+            return initial_value
+        return tf.constant(self._loaded.pop(name), dtype)
 
     def named_variables(self) -> dict[str, tf.Variable]:
         """Copy of the name -> variable mapping, in creation order."""

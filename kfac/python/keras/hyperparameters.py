@@ -1,0 +1,98 @@
+"""Scalar hyper-parameters that may change while a compiled model trains."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+MUTABLE = frozenset(
+    ("learning_rate", "momentum", "damping", "weight_decay_coeff", "norm_constraint")
+)
+
+
+class Hyperparameters(tf.Module):
+    """Named scalars: plain values until first read, variables from then on.
+
+    A traced step reads the variables, so assigning a number takes effect at once and
+    traces nothing.  A tensor or a variable given by the user is used as it is; a
+    schedule is evaluated at the optimizer's `iterations`.
+    """
+
+    def __init__(self, values: dict[str, Any]):
+        super().__init__(name="hyperparameters")
+        self._given = dict(values)
+        self._variables: dict[str, tf.Variable] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._given
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._given)
+
+    def read(self, name: str) -> Any:
+        """The variable, tensor or schedule behind a name; makes all variables."""
+        self._make_variables()
+        return self._variables.get(name, self._given[name])
+
+    def current(self, name: str, iterations: Any) -> Any:
+        """The value at a step, for use in a trace."""
+        value = self.read(name)
+        if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+            return value(iterations)
+        return value
+
+    def assign(self, name: str, value: Any) -> None:
+        """Gives a name another value.
+
+        Before the first read anything goes; afterwards only numbers.
+
+        Raises:
+          ValueError: a tensor or variable is given after the first read.
+          AttributeError: the name stands for a tensor or schedule.
+        """
+        if name in self._variables:
+            self._assign_number(name, self._variables[name], value)
+        elif isinstance(self._given[name], (tf.Variable, keras.Variable)):
+            self._assign_number(name, self._given[name], value)
+        elif not self._variables:
+            self._given[name] = value
+        else:
+            raise AttributeError(
+                f"Can't set attribute: {name}. It was configured as a tensor or a "
+                "schedule, which computes its value itself."
+            )
+
+    def numbers(self) -> dict[str, float]:
+        """Current values as Python numbers, schedules as their configs."""
+        return {name: self._as_number(name) for name in sorted(self._given)}
+
+    def _as_number(self, name: str) -> Any:
+        value = self._variables.get(name, self._given[name])
+        if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+            return keras.optimizers.schedules.serialize(value)
+        if isinstance(value, numbers.Number):
+            return float(value)
+        return float(keras.ops.convert_to_numpy(value))
+
+    def _make_variables(self) -> None:
+        if self._variables:
+            return
+        with tf.init_scope():
+            for name, value in sorted(self._given.items()):
+                if isinstance(value, numbers.Number):
+                    self._variables[name] = tf.Variable(
+                        float(value), name=name, trainable=False, dtype=tf.float32
+                    )
+
+    @staticmethod
+    def _assign_number(name: str, variable: Any, value: Any) -> None:
+        if not isinstance(value, (numbers.Number, np.ndarray)):
+            raise ValueError(
+                f"Dynamic reassignment only works with numbers: {name} got {value!r}. "
+                "Tensors and variables can be set before the optimizer is first used."
+            )
+        variable.assign(float(value))
