@@ -1,0 +1,48 @@
+"""Checks that all factors see as many cases as they should."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import tensorflow as tf
+
+from kfac.python.ops import utils
+
+tf1 = tf.compat.v1
+
+
+@contextlib.contextmanager
+def checked(factor: Any, expected: Any, source: str):
+    """Ops built inside run after `factor` was found to have `expected` cases.
+
+    Args:
+      factor: the factor whose statistics are about to be updated.
+      expected: int or scalar integer tensor.
+      source: where the expected value comes from, for messages.
+
+    Raises:
+      ValueError: static sizes differ, between factor and expectation or inside the
+        factor.
+    """
+    found = factor.batch_size()
+    message = (
+        f"Factor {factor.name!r} of class {utils.cls_name(factor)} has statistics from "
+        f"{found} cases, but {expected} are expected: {source}. Probably a tensor was "
+        "registered with a wrong size, or batch_size, num_uses or num_timesteps is "
+        "wrong."
+    )
+    checks = []
+    if isinstance(found, int) and isinstance(expected, int):
+        if found != expected:
+            raise ValueError(message)
+        checks.append(factor.check_partial_batch_sizes())
+    else:
+        checks.append(factor.check_partial_batch_sizes())
+        checks.append(
+            tf1.assert_equal(
+                tf.cast(found, tf.int32), tf.cast(expected, tf.int32), message=message
+            )
+        )
+    with tf.control_dependencies([check for check in checks if check is not None]):
+        yield
