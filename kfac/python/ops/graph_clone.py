@@ -8,6 +8,7 @@ computed from them alone) is shared with the original, not copied.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -150,12 +151,13 @@ class GraphClone:
         if any(_calls_function(op) for op in ops):
             graph_def.library.CopyFrom(self._graph.as_graph_def().library)
         outputs = [t for op in ops for t in op.outputs]
-        imported = tf1.import_graph_def(
-            graph_def,
-            input_map=fed,
-            return_elements=[_input_name(t) for t in outputs],
-            name="clone",
-        )
+        with _without_control_dependencies():
+            imported = tf1.import_graph_def(
+                graph_def,
+                input_map=fed,
+                return_elements=[_input_name(t) for t in outputs],
+                name="clone",
+            )
         for original, copy in zip(outputs, imported, strict=True):
             copies[_key(original)] = copy
         for op in ops:
@@ -263,6 +265,19 @@ def _is_source(op: tf.Operation) -> bool:
     if op.type in _VARIABLE_OPS:
         return False
     return op.op_def.is_stateful or op.type.startswith("StatelessRandom")
+
+
+def _without_control_dependencies() -> contextlib.AbstractContextManager:
+    """Lifts ambient control dependencies while importing, where they cannot be had.
+
+    Under tensor equality (v2 behaviour) TensorFlow compares control inputs with
+    tensors while it imports, and fails.  The copies read nothing that the step
+    changes before it has used them.  Inside a v1 branch nothing may be lifted, for
+    that would leave the branch; there tensor equality is off.
+    """
+    if private_tf.control_flow_context(tf1.get_default_graph()) is not None:
+        return contextlib.nullcontext()
+    return tf.control_dependencies(None)
 
 
 def _calls_function(op: tf.Operation) -> bool:
