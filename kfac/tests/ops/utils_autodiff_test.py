@@ -61,6 +61,10 @@ def test_unconnected_tensors_contribute_nothing_or_give_none():
         assert products[1] is None
         assert session.run(products[0]) == 4.0
         assert utils.fwd_gradients([c**2], [a, b]) == [None]
+        zero = tf.UnconnectedGradients.ZERO
+        for ys in ([a**2, c**2], [c**2, c]):
+            products = utils.fwd_gradients(ys, [a, b], unconnected_gradients=zero)
+            assert session.run(products[1]) == 0.0
 
 
 @pytest.mark.parametrize("kind", graph_kinds.FAST)

@@ -150,7 +150,7 @@ def test_accumulator_state_has_the_documented_names():
     with tf.Graph().as_default():
         utils.AccumulatorVariable("acc", [3], tf.float64)
         found = {v.op.name: v.dtype for v in tf1.global_variables()}
-    assert found == {"acc/acc_var": tf.float64, "acc/counter": tf.float32}
+    assert found == {"acc/acc_var": tf.float64, "acc/counter": tf.int64}
 
 
 def test_accumulator_reset_zeroes_it():

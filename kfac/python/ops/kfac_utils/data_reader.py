@@ -6,6 +6,8 @@ Delayed damping adaptation evaluates the loss on the previous batch again; a
 
 from __future__ import annotations
 
+import collections
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,8 +36,21 @@ def checked_batch_size(batch_size: Any, limit: int) -> tf.Tensor:
 
 
 def reader_scope() -> Any:
-    """A variable scope for one reader's state; a second reader gets another one."""
-    return tf1.variable_scope(None, default_name="cached_data_reader")
+    """A variable scope for one reader's state; a second reader gets another one.
+
+    Readers are numbered within their graph, so that those of a new trace of a function
+    get the same scopes (which `variable_scope(default_name=...)` would not give them).
+    """
+    counts = _num_readers.setdefault(tf1.get_default_graph(), collections.Counter())
+    ambient = tf1.get_variable_scope().name
+    number = counts[ambient]
+    counts[ambient] += 1
+    return tf1.variable_scope(
+        f"cached_data_reader_{number}" if number else "cached_data_reader"
+    )
+
+
+_num_readers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def replace_after_reading(

@@ -68,6 +68,7 @@ def fwd_gradients(
     grad_xs: Any = None,
     stop_gradients: Any = None,
     colocate_gradients_with_ops: bool = True,
+    unconnected_gradients: tf.UnconnectedGradients = tf.UnconnectedGradients.NONE,
 ) -> list[tf.Tensor | None]:
     """Jacobian-vector product, by differentiating a vector-Jacobian product.
 
@@ -82,10 +83,11 @@ def fwd_gradients(
       stop_gradients: tensors and variables to hold constant; with `xs` themselves the
         derivatives are partial where one x depends on another.
       colocate_gradients_with_ops: whether gradient ops share their op's device.
+      unconnected_gradients: what a y gets that depends on none of the xs: None, or
+        zeros.
 
     Returns:
-      One entry for each y: `sum_j (dy/dx_j) grad_xs_j`, shaped like y; None for a y
-      that depends on none of the xs.
+      One entry for each y: `sum_j (dy/dx_j) grad_xs_j`, shaped like y.
     """
     ys = containers._as_list(ys)
     xs = containers._as_list(xs)
@@ -104,8 +106,6 @@ def fwd_gradients(
         for pulled, vector in zip(pulled_back, grad_xs, strict=True)
         if pulled is not None
     ]
-    if not connected:
-        return [None] * len(ys)
     vectors = [
         tf.ones_like(pulled)
         if vector is None
@@ -117,6 +117,7 @@ def fwd_gradients(
         cotangents,
         grad_ys=vectors,
         colocate_gradients_with_ops=colocate_gradients_with_ops,
+        unconnected_gradients=unconnected_gradients,
     )
 
 

@@ -199,9 +199,6 @@ class PartitionedTensor:
             and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
         )
 
-    def __ne__(self, other: Any) -> bool:
-        return not self == other
-
     def __hash__(self) -> int:
         return hash(tuple(id(tensor) for tensor in self.tensors))
 

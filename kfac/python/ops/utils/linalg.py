@@ -70,7 +70,11 @@ def posdef_eig(mat: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def posdef_eig_self_adjoint(mat: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Absolute eigenvalues, in the ascending order of the signed ones, and vectors."""
+    """Absolute eigenvalues, in the ascending order of the signed ones, and vectors.
+
+    For a positive matrix only rounding makes a difference.  For an indefinite one, such
+    as the temporal correlations of a recurrent layer, the magnitudes are wanted.
+    """
     decomposition = inverses.symmetric_eig(mat)
     return tf.abs(decomposition.eigenvalues), decomposition.eigenvectors
 

@@ -98,14 +98,14 @@ class AccumulatorVariable:
     def __init__(self, name: str, shape: Sequence[int], dtype: tf.DType):
         with _shared_variables_scope(name):
             self._acc_var = state.get_variable("acc_var", shape, dtype)
-            self._counter = state.get_variable("counter", (), tf.float32)
+            self._counter = state.get_variable("counter", (), tf.int64)
 
     def accumulate(self, value: Any) -> tf.Operation:
         """Op: adds one observation."""
         total = moving_average.decayed(self._acc_var, value, 1.0, 1.0)
         return tf.group(
             replicas.smart_assign(self._acc_var, total, force_sync=False),
-            replicas.smart_assign(self._counter, self._counter + 1.0, force_sync=False),
+            replicas.smart_assign(self._counter, self._counter + 1, force_sync=False),
             name="accumulate",
         )
 

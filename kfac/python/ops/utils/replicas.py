@@ -46,7 +46,9 @@ class MirroredVariableWrapper:
 
 
 def set_global_constants(
-    posdef_inv_method: str | None = None, tf_replicator: Any = None
+    posdef_inv_method: str | None = None,
+    tf_replicator: Any = None,
+    posdef_eig_method: str | None = None,
 ) -> None:
     """Replaces the settings that are given; None leaves one alone.
 
@@ -60,7 +62,11 @@ def set_global_constants(
                 f"tf_replicator {tf_replicator!r} has no {', '.join(missing)}. "
                 "TF-Replicator is gone; use a tf.distribute strategy instead."
             )
-    config.replace(posdef_inv_method=posdef_inv_method, tf_replicator=tf_replicator)
+    config.replace(
+        posdef_inv_method=posdef_inv_method,
+        tf_replicator=tf_replicator,
+        posdef_eig_method=posdef_eig_method,
+    )
 
 
 def get_tf_replicator() -> Any:
@@ -222,7 +228,7 @@ def smart_cond(
 
     def run_branch(strategy, function):
         results = strategy.extended.call_for_each_replica(
-            lambda branch: tf.group(*_tensors_and_ops(branch())), args=(function,)
+            lambda branch: group_all(branch()), args=(function,)
         )
         with tf.control_dependencies(strategy.experimental_local_results(results)):
             return tf.constant(True)
@@ -240,8 +246,9 @@ def smart_cond(
     return context.merge_call(merged, args=(predicate, true_fn, false_fn))
 
 
-def _tensors_and_ops(structure: Any) -> list[Any]:
-    return [item for item in tf.nest.flatten(structure) if item is not None]
+def group_all(structure: Any) -> tf.Operation:
+    """One op that runs every op and tensor of a structure, in which None is nothing."""
+    return tf.group(*(x for x in tf.nest.flatten(structure) if x is not None))
 
 
 def _is_mirrored() -> bool:

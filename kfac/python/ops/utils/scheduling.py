@@ -48,7 +48,7 @@ def batch_execute(
 
 def _run(thunk: Callable[[], Any]) -> tf.Tensor:
     # Graphs in a v1 session run only what a result depends on.
-    with tf.control_dependencies([tf.group(*tf.nest.flatten(thunk() or []))]):
+    with tf.control_dependencies([replicas.group_all(thunk())]):
         return tf.constant(True)
 
 

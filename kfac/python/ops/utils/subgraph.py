@@ -104,7 +104,7 @@ def is_reference_variable(x: Any) -> bool:
     """Whether `x` is a TF1 reference variable (or says that it acts as one)."""
     if hasattr(x, "_should_act_as_ref_variable"):
         return True
-    return isinstance(x, tf.Variable) and not hasattr(x, "handle")
+    return isinstance(x, tf.Variable) and not hasattr(type(x), "handle")
 
 
 def enclosing_graphs(graph: tf.Graph | None = None) -> Iterator[tf.Graph]:
