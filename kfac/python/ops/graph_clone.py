@@ -250,6 +250,17 @@ class GraphClone:
         return name
 
 
+def _importing() -> contextlib.AbstractContextManager:
+    """Without control dependencies in a function's graph.
+
+    There the import compares operations with tensors, which is an error under v2
+    semantics.  (In a v1 graph, they say which branch is being built.)
+    """
+    if tf1.get_default_graph().building_function:
+        return tf.control_dependencies(None)
+    return contextlib.nullcontext()
+
+
 def _key(tensor: tf.Tensor) -> Key:
     return tensor.op.name, tensor.value_index
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kfac.python.ops import estimator, layer_collection, utils
+from kfac.python.ops import estimator, layer_collection, state, utils
 from kfac.tests import estimator_cases as cases
 from kfac.tests import graph_kinds
 
@@ -195,8 +195,6 @@ def test_a_second_trace_finds_the_state_of_the_first():
         with tf.control_dependencies([cases.update_all(updates)]):
             inverted = cases.update_all(inverses)
         return cases.after(inverted, lambda: made.factors[0].cov)
-
-    from kfac.python.ops import state
 
     store = state.VariableStore()
     traces = []

@@ -4,11 +4,14 @@ The generic full block holds the outer product of the *summed* gradient over the
 batch size, so it is the whole curvature matrix for a batch of one example.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from kfac.python.ops import errors, signals
+from kfac.python.ops.layer_collection import LayerCollection
 from kfac.tests import estimator_cases as cases
 from kfac.tests import graph_kinds, oracle
 
@@ -110,8 +113,6 @@ def test_random_modes_tend_to_the_fisher_of_the_batch(case, mode):
 
 @pytest.mark.parametrize("mode", ["exact", "empirical"])
 def test_statistics_scale_with_the_coefficient(mode):
-    import dataclasses
-
     case = cases.DENSE_SOFTMAX.first(1)
     tripled = dataclasses.replace(case, losses=[oracle.Categorical(coeff=3.0)])
     once = run_full_block(case, mode, graph_kinds.V1_ON)
@@ -148,8 +149,6 @@ def test_outputs_with_several_axes_have_a_source_per_coordinate():
     w = np.random.RandomState(1).randn(3, 6)
 
     def build():
-        from kfac.python.ops.layer_collection import LayerCollection
-
         inputs = tf1.placeholder_with_default(x, [1, 3])
         weights = graph_kinds.variable(w, "w")
         out = tf.reshape(tf.matmul(inputs, weights), [-1, 2, 3])
