@@ -151,8 +151,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         ", ".join(_size(sides) for sides in row.factor_sides) or "-",
         "-" if row.uses is None else str(row.uses),
         str(row.towers),
-        format_bytes(row.factor_bytes),
-        format_bytes(row.inverse_bytes),
+        format_bytes(row.factor_bytes) if row.factor_sides else "-",
+        format_bytes(row.inverse_bytes) if row.factor_sides else "-",
     )
 
 

@@ -148,19 +148,6 @@ def default_for_ids(family: str, default: str) -> str:
     return _DEFAULT_FOR_IDS[family].get(default, _KRONECKER_FOR_IDS[family])
 
 
-def check_known(approximation: str) -> None:
-    """Refuses a name that no family knows.
-
-    Raises:
-      ArgumentError: as said.
-    """
-    known = sorted({name for table in BLOCK_TYPES.values() for name in table})
-    if approximation not in known:
-        raise errors.ArgumentError(
-            f"Unknown approximation {approximation!r}; expected None or one of {known}."
-        )
-
-
 def check_in_table(
     approximation: Any, table: Mapping[str, BlockFactory], what: str
 ) -> None:

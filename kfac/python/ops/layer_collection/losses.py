@@ -85,11 +85,8 @@ class LossRegistry(LayerRegistry):
 
         Args:
           logits: `[batch, classes]`.
-          seed: see the class, like the following.
           targets: class ids `[batch]`.
-          name: see the class.
-          coeff: see the class.
-          reuse: see the class.
+          seed, name, coeff, reuse: see the class.
         """
         loss = lf.CategoricalLogitsNegativeLogProbLoss(
             logits, targets=targets, seed=seed
@@ -111,11 +108,8 @@ class LossRegistry(LayerRegistry):
 
         Args:
           logits: `[batch, classes]`.
-          seed: see the class, like the following.
           targets: class ids `[batch]`.
-          name: see the class.
-          coeff: see the class.
-          reuse: see the class.
+          seed, name, coeff, reuse: see the class.
         """
         loss = lf.CategoricalLogitsNegativeLogProbLoss(
             logits, targets=targets, seed=seed
@@ -137,11 +131,8 @@ class LossRegistry(LayerRegistry):
 
         Args:
           logits: `[batch, classes]`.
-          seed: see the class, like the following.
           targets: probabilities `[batch, classes]`.
-          name: see the class.
-          coeff: see the class.
-          reuse: see the class.
+          seed, name, coeff, reuse: see the class.
         """
         loss = lf.OnehotCategoricalLogitsNegativeLogProbLoss(
             logits, targets=targets, seed=seed
@@ -165,11 +156,8 @@ class LossRegistry(LayerRegistry):
           mean: `[batch, ...]`.
           var: the variance; 0.5 makes the loss the squared error up to a constant, 1.0
             half of that.
-          seed: see the class, like the following.
           targets: of the shape of `mean`.
-          name: see the class.
-          coeff: see the class.
-          reuse: see the class.
+          seed, name, coeff, reuse: see the class.
         """
         loss = lf.NormalMeanNegativeLogProbLoss(mean, var, targets=targets, seed=seed)
         self._register_loss_function(
@@ -189,11 +177,8 @@ class LossRegistry(LayerRegistry):
 
         Args:
           prediction: `[batch, ...]`.
-          seed: see the class, like the following.
           targets: of the shape of `prediction`.
-          name: see the class.
-          coeff: see the class.
-          reuse: see the class.
+          seed, name, coeff, reuse: see the class.
         """
         loss = lf.NormalMeanNegativeLogProbLoss(
             prediction, 0.5, targets=targets, seed=seed
@@ -217,11 +202,8 @@ class LossRegistry(LayerRegistry):
         Args:
           mean: `[batch, n]`.
           variance: `[batch, n]`, positive.
-          seed: see the class, like the following.
           targets: `[batch, n]`.
-          name: see the class.
-          coeff: see the class.
-          reuse: see the class.
+          seed, name, coeff, reuse: see the class.
         """
         loss = lf.NormalMeanVarianceNegativeLogProbLoss(
             mean, variance, targets=targets, seed=seed
@@ -242,11 +224,8 @@ class LossRegistry(LayerRegistry):
 
         Args:
           logits: `[batch, ...]`.
-          seed: see the class, like the following.
           targets: of the shape of `logits`, in [0, 1].
-          name: see the class.
-          coeff: see the class.
-          reuse: see the class.
+          seed, name, coeff, reuse: see the class.
         """
         loss = lf.MultiBernoulliNegativeLogProbLoss(logits, targets=targets, seed=seed)
         base_name = "multi_bernoulli_predictive_distribution"
@@ -265,11 +244,8 @@ class LossRegistry(LayerRegistry):
 
         Args:
           logits: `[batch, ...]`.
-          seed: see the class, like the following.
           targets: of the shape of `logits`, in [0, 1].
-          name: see the class.
-          coeff: see the class.
-          reuse: see the class.
+          seed, name, coeff, reuse: see the class.
         """
         loss = lf.MultiBernoulliNegativeLogProbLoss(logits, targets=targets, seed=seed)
         self._register_loss_function(
@@ -291,9 +267,7 @@ class LossRegistry(LayerRegistry):
           loss: the object.
           colocation_op: tensor whose device computes the loss.
           base_name: what a name is derived from if there is none.
-          name: see the class, like the following.
-          coeff: see the class.
-          reuse: see the class.
+          name, coeff, reuse: see the class.
         """
         self._check_open()
         _check_coefficient(coeff)

@@ -130,7 +130,13 @@ class LayerRegistry:
         """
         group = as_tuple(params)
         if approximation is not None:
-            approximations.check_known(approximation)
+            tables = map(self._approximation_table, approximations.BLOCK_TYPES)
+            all_tables = {
+                name: make for table in tables for name, make in table.items()
+            }
+            approximations.check_in_table(
+                approximation, all_tables, "the approximation of linked parameters"
+            )
         for key in self.fisher_blocks:
             if parameters_dict.same_variables(as_tuple(key), group):
                 continue
