@@ -71,6 +71,21 @@ def test_a_new_collection_is_empty_and_knows_its_graph(lc, graph):
     assert kfac.LayerCollection is lc_lib.LayerCollection
 
 
+def test_only_an_empty_collection_can_move_to_another_graph(lc, graph):
+    other = tf.Graph()
+    lc.move_to_graph(other)
+    assert lc.graph is other
+    lc.move_to_graph(graph)
+    lc.register_squared_error_loss(data(2))
+    with unchanged(lc), pytest.raises(ValueError, match="before registering"):
+        lc.move_to_graph(other)
+    assert lc.graph is graph
+    layers_only = lc_lib.LayerCollection()
+    layers_only.register_generic(variable([2], "p"), BATCH)
+    with pytest.raises(ValueError, match="before registering"):
+        layers_only.move_to_graph(other)
+
+
 def test_variable_scopes_of_collections_are_unique():
     with tf1.variable_scope("outer"):
         scopes = [lc_lib.LayerCollection()._var_scope for _ in range(2)]

@@ -57,6 +57,24 @@ class LayerCollection(DenseLayers, DepthwiseLayers, ElementwiseLayers, LossRegis
         """The model's graph."""
         return self._graph
 
+    def move_to_graph(self, graph: tf.Graph) -> None:
+        """Says that the model is going to be built in another graph than the current.
+
+        An optimizer may hold the collection of a model that is only built inside a
+        conditional's branch, which has a graph of its own.
+
+        Raises:
+          ArgumentError: a layer or loss is registered already, or the collection is
+            finalised.
+        """
+        self._check_open()
+        if self.fisher_blocks or self._loss_dict:
+            raise errors.ArgumentError(
+                "Layers or losses of one graph are registered already; move a "
+                "LayerCollection to another graph before registering anything."
+            )
+        self._graph = graph
+
     @property
     def subgraph(self) -> utils.SubGraph | None:
         """What the losses depend on; None before `finalize`."""

@@ -30,6 +30,9 @@ def is_another_tower(reuse: Any, known: bool) -> bool:
     if isinstance(reuse, str) and reuse == VARIABLE_SCOPE:
         # Eagerly created scopes carry a `reuse` of their own that nobody asked for.
         reuse = False if tf.executing_eagerly() else tf1.get_variable_scope().reuse
+        if reuse is True and _in_replica():
+            # The strategy sets it for all replicas but the first.
+            reuse = tf1.AUTO_REUSE
     if reuse is tf1.AUTO_REUSE:
         return known
     if reuse is None or isinstance(reuse, (bool, np.bool_)):
@@ -37,4 +40,10 @@ def is_another_tower(reuse: Any, known: bool) -> bool:
     raise errors.ArgumentError(
         f"reuse={reuse!r} is not understood (a duplicate registration?); give True, "
         "False, tf.compat.v1.AUTO_REUSE or layer_collection.VARIABLE_SCOPE."
+    )
+
+
+def _in_replica() -> bool:
+    return tf.distribute.has_strategy() and not (
+        tf.distribute.in_cross_replica_context()
     )
