@@ -7,8 +7,8 @@ cases, in whichever branch asks for it; weights are shared with the original.
 
 The sources of the batch (placeholders, function arguments, iterators, queues) are
 cut; everything computed from them is copied.  Consequences: batch normalisation sees
-the statistics of the part, dropout draws a mask of its own, and graphs that hold the batch
-size as a constant cannot be cut (they fail loudly, here, not at run time).
+the statistics of the part, dropout draws a mask of its own, and graphs that hold the
+batch size as a constant cannot be cut (they fail loudly, here, not at run time).
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class SubBatch:
         inputs = tf.nest.flatten([loss.inputs for loss in layer_collection.losses])
         self._whole = self._static_batch_size(batch_size)
         self._given_batch_size = batch_size
-        self._clone = graph_clone.GraphClone(inputs[0].graph, self._substitution)
+        self._graph = inputs[0].graph
+        self._clone = graph_clone.GraphClone(self._graph, self._substitution)
+        # Keeps what was asked for, since the key is its id.
         self._deferred: dict[int, tuple[Any, deferred.DeferredTensor]] = {}
         self._losses = deferred.PerContextCache(self._copy_losses)
         self._sizes = deferred.PerContextCache(self._dynamic_batch_size)
@@ -112,19 +114,24 @@ class SubBatch:
 
         The same argument gives the identical object, so that factors are shared.
         """
-        if not isinstance(tensor, tf.Tensor) or not self._clone.depends(tensor):
+        if id(tensor) in self._deferred:
+            return self._deferred[id(tensor)][1]
+        whole = tensor
+        if isinstance(tensor, deferred.DeferredTensor):  # Integer ids, for example.
+            with self._graph.as_default():
+                whole = tensor.resolve()
+        if not isinstance(whole, tf.Tensor) or not self._clone.depends(whole):
             return tensor
-        if id(tensor) not in self._deferred:
-            part = deferred.DeferredTensor(
-                lambda: self.tensor(tensor),
-                shape=self.static_shape(tensor),
-                dtype=tensor.dtype,
-                name=tensor.name,
-                device=tensor.device,
-                one_hot_depth=getattr(tensor, "one_hot_depth", None),
-            )
-            self._deferred[id(tensor)] = (tensor, part)
-        return self._deferred[id(tensor)][1]
+        part = deferred.DeferredTensor(
+            lambda: self.tensor(whole),
+            shape=self.static_shape(whole),
+            dtype=whole.dtype,
+            name=whole.name,
+            device=whole.device,
+            one_hot_depth=getattr(tensor, "one_hot_depth", None),
+        )
+        self._deferred[id(tensor)] = (tensor, part)
+        return part
 
     def static_shape(self, tensor: Any) -> tf.TensorShape:
         """Static shape of `tensor` on the sub-batch."""

@@ -1,10 +1,12 @@
 """Statistics and losses on the first cases of the batch."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from kfac.python.ops import layer_collection, sub_batch
+from kfac.python.ops import layer_collection, loss_functions, sub_batch
 from kfac.python.ops.curvature_matrix_vector_products import (
     CurvatureMatrixVectorProductComputer,
 )
@@ -81,6 +83,45 @@ def test_every_mode_takes_the_part(mode):
         projector = np.linalg.pinv(jacobian) @ jacobian
         np.testing.assert_allclose(projector @ cov @ projector, cov, atol=1e-9)
         assert np.linalg.matrix_rank(cov) == 1
+
+
+@pytest.mark.parametrize("kind", [*graph_kinds.FAST, graph_kinds.XLA])
+def test_exact_mode_on_the_part_follows_custom_gradients(kind):
+    # The gradient of silu is a closure over the whole batch's tensors.
+    base = cases.DENSE_SOFTMAX
+    case = dataclasses.replace(
+        base,
+        net=lambda p, x: [tf.matmul(tf.nn.silu(tf.matmul(x, p[0]) + p[1]), p[2])],
+    )
+
+    def build():
+        model = cases.build(case)
+        made = model.estimator(estimation_mode="exact", cov_batch_fraction=0.2)
+        updates, _ = made.make_vars_and_create_op_thunks()
+        return cases.after(cases.update_all(updates), lambda: made.factors[0].cov)
+
+    cov = graph_kinds.Run(kind, build)()
+    assert oracle.relative_error(cov, case.first(1).fisher()) < 1e-9
+
+
+@pytest.mark.parametrize("kind", graph_kinds.FAST)
+def test_embeddings_are_counted_on_the_part(kind):
+    def build():
+        ids = tf1.placeholder_with_default(np.array([2, 0, 2, 1]), [4])
+        table = graph_kinds.variable(np.eye(3, 2) + 1, "table")
+        out = tf.gather(table, ids)
+        collection = layer_collection.LayerCollection()
+        collection.register_fully_connected(table, ids, out, dense_inputs=False)
+        collection.register_squared_error_loss(out, targets=tf.zeros_like(out))
+        model = cases.Model(cases.DENSE_SOFTMAX, collection, [table], ids, [out])
+        made = model.estimator(estimation_mode="empirical", cov_batch_fraction=0.5)
+        updates, _ = made.make_vars_and_create_op_thunks()
+        return cases.after(cases.update_all(updates), made.get_cov_vars)
+
+    frequencies, moment = tf.nest.flatten(graph_kinds.Run(kind, build)())
+    np.testing.assert_allclose(frequencies, [0.5, 0.0, 0.5])
+    rows = 2 * (np.eye(3, 2) + 1)[[2, 0]]
+    np.testing.assert_allclose(moment, rows.T @ rows / 2)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -258,8 +299,6 @@ def test_unknown_ranks_are_refused():
 
 
 def test_a_loss_class_of_ones_own_says_how_it_is_rebuilt():
-    from kfac.python.ops import loss_functions
-
     class Odd(loss_functions.NormalMeanNegativeLogProbLoss):
         def __init__(self, pair):
             super().__init__(pair[0], targets=pair[1])

@@ -100,10 +100,11 @@ class BackwardPass:
 
     def _back_propagate(self) -> list[list[tf.Tensor]]:
         """Per source the dense signals, in the current context."""
+        losses = self._losses()  # First: one copy of nearly everything.
         wrt = [*self._flat_wrt, *self._variables]
         if self._part is not None:
             wrt = [self._part.tensor(t) for t in wrt]
-        sources = self._signal.gradients(self._losses(), wrt, self._colocate)
+        sources = self._signal.gradients(losses, wrt, self._colocate)
         missing = [
             of
             for i, of in enumerate(wrt)
