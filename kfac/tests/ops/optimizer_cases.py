@@ -26,12 +26,19 @@ SCALARS = (
 class Model:
     """Parameters, registered layers and loss, in the current graph."""
 
-    def __init__(self, dtype="float64", l2_reg=0.0, seed=0, hook=None, batch=None):
-        params, data = kfac_oracle.problem(seed)
+    def __init__(
+        self,
+        dtype="float64",
+        l2_reg=0.0,
+        hook=None,
+        batch=None,
+        variables=None,
+    ):
+        params, data = kfac_oracle.problem()
         self.dtype = tf.as_dtype(dtype)
         self.l2_reg = l2_reg
         self.hook = hook or (lambda tensor: tensor)
-        self.variables = [
+        self.variables = variables or [
             graph_kinds.variable(value, name, self.dtype.as_numpy_dtype)
             for value, name in zip(params, kfac_oracle.NAMES, strict=True)
         ]
@@ -59,8 +66,8 @@ class Model:
 
     def forward(self, x):
         w1, b1, w2, b2 = self.variables
-        pre_activation = self.hook(tf.matmul(x, w1) + b1)
-        hidden = tf.tanh(pre_activation)
+        pre_activation = tf.matmul(x, w1) + b1
+        hidden = self.hook(tf.tanh(pre_activation))
         return hidden, pre_activation, tf.matmul(hidden, w2) + b2
 
     def mean_loss(self, logits, y):

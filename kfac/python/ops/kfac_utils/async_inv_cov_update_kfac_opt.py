@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -29,7 +28,8 @@ class AsyncInvCovUpdateKfacOpt(optimizer.KfacOptimizer):
 
     Nothing orders the threads' work and the steps: a step uses the inverses as they
     are, zero (hence a zero step for dense factors) before the first ones.  The data
-    must come from the graph, since the threads feed nothing.
+    must come from the graph, since the threads feed nothing.  A failed update stops
+    the threads, is logged, and is raised by `stop_cov_inv_ops`.
     """
 
     def __init__(
@@ -119,12 +119,7 @@ class AsyncInvCovUpdateKfacOpt(optimizer.KfacOptimizer):
         self._threads = [
             threading.Thread(
                 target=_run_ops,
-                args=(
-                    weakref.ref(sess),
-                    self._coord,
-                    self._next_op_name,
-                    self._ops_by_name,
-                ),
+                args=(sess, self._coord, self._next_op_name, self._ops_by_name),
                 name=f"{self.get_name()}_update_{i}",
                 daemon=True,
             )
@@ -153,20 +148,17 @@ class AsyncInvCovUpdateKfacOpt(optimizer.KfacOptimizer):
 
 
 def _run_ops(
-    session: weakref.ref,
+    sess: tf1.Session,
     coord: tf.train.Coordinator,
     next_name: tf.Tensor,
     ops_by_name: dict[str, tf.Operation],
 ) -> None:
     """A thread: runs one op after the other until asked to stop.
 
-    It holds the session only while it runs an op, so that a session that is dropped or
-    closed without a word ends it; any other failure is the coordinator's to report.
+    A session that is closed without a word ends it too; any other failure is the
+    coordinator's to report.
     """
     while not coord.should_stop():
-        sess = session()
-        if sess is None:
-            return
         try:
             name = sess.run(next_name).decode()
             sess.run(ops_by_name[name])
@@ -175,7 +167,6 @@ def _run_ops(
                 tf.get_logger().error("Curvature update failed: %s", error)
                 coord.request_stop(error)
             return
-        del sess
 
 
 def _means_closed(error: Exception) -> bool:
@@ -183,7 +174,9 @@ def _means_closed(error: Exception) -> bool:
     if isinstance(error, tf.errors.CancelledError):
         return True
     closed = ("closed Session", "should_stop requested")
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in closed)
+    return isinstance(error, RuntimeError) and any(
+        part in str(error) for part in closed
+    )
 
 
 def _in_v1_graph() -> bool:

@@ -109,6 +109,7 @@ class DampingAdaptationMixin:
 
     def _update_damping(self) -> tf.Operation:
         """Compares losses, writes the damping and rho."""
+        self._check_loss_fn()
         damping, rho = levenberg_marquardt.adapt(
             self._damping.read_value(),
             self._get_prev_loss(),
@@ -146,18 +147,21 @@ class DampingAdaptationMixin:
         return self._adapt_damping and self._is_chief
 
     def _check_damping_inputs(self) -> None:
-        """Raises `ValueError` if something the adaptation evaluates is missing."""
+        """Raises `ValueError` if something that the adaptation evaluates is missing."""
         if not self._adapts_damping_here:
             return
-        if self._loss_fn is None:
-            raise ValueError(
-                "adapt_damping compares the loss before and after a step and needs "
-                "loss_fn, a function of a batch that returns the scalar loss."
-            )
+        self._check_loss_fn()
         if self._use_passed_loss and self._loss_tensor is None:
             raise ValueError(
                 "adapt_damping needs the loss before the step: use minimize(loss), "
                 "call set_loss(loss), or pass use_passed_loss=False."
+            )
+
+    def _check_loss_fn(self) -> None:
+        if self._loss_fn is None:
+            raise ValueError(
+                "adapt_damping compares the loss before and after a step and needs "
+                "loss_fn, a function of a batch that returns the scalar loss."
             )
         name = "train_batch" if self._update_damping_immediately else "prev_train_batch"
         if getattr(self, f"_{name}") is None:
