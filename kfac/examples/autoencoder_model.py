@@ -25,7 +25,7 @@ class LayerCall:
 
 
 class Autoencoder(tf.Module):
-    """Dense autoencoder with sparse initialisation (Martens 2010, section 5.1)."""
+    """Dense autoencoder with Glorot initialisation."""
 
     def __init__(self, widths: Sequence[int] = WIDTHS, seed: int = 0):
         super().__init__(name="autoencoder")
@@ -35,7 +35,7 @@ class Autoencoder(tf.Module):
             zip(widths[:-1], widths[1:], strict=True)
         ):
             weights = tf.Variable(
-                _sparse_init(rng, fan_in, fan_out), name=f"layer_{i}/weights"
+                _glorot_uniform(rng, fan_in, fan_out), name=f"layer_{i}/weights"
             )
             biases = tf.Variable(tf.zeros([fan_out]), name=f"layer_{i}/biases")
             self.layers.append((weights, biases))
@@ -67,12 +67,7 @@ def squared_error(logits: tf.Tensor, images: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(tf.reduce_sum((tf.sigmoid(logits) - images) ** 2, axis=1))
 
 
-def _sparse_init(
-    rng: np.random.Generator, fan_in: int, fan_out: int, connections: int = 15
-) -> np.ndarray:
-    """Every unit gets `connections` incoming unit-normal weights, the rest is zero."""
-    weights = np.zeros((fan_in, fan_out), np.float32)
-    for unit in range(fan_out):
-        rows = rng.choice(fan_in, size=min(connections, fan_in), replace=False)
-        weights[rows, unit] = rng.standard_normal(len(rows))
-    return weights
+def _glorot_uniform(rng: np.random.Generator, fan_in: int, fan_out: int) -> np.ndarray:
+    """Glorot and Bengio (AISTATS 2010), equation 16."""
+    bound = np.sqrt(6.0 / (fan_in + fan_out))
+    return rng.uniform(-bound, bound, (fan_in, fan_out)).astype(np.float32)
