@@ -84,12 +84,7 @@ class SubBatch:
 
     def count(self, cases: Any) -> Any:
         """ceil(fraction * cases), for a number or an integer tensor."""
-        if isinstance(cases, numbers.Real):
-            # The tolerance keeps 0.1 * 30 = 3.0000000000000004 from becoming 4.
-            return max(1, math.ceil(self._fraction * cases - 1e-9))
-        cases = tf.convert_to_tensor(cases)
-        count = tf.math.ceil(tf.cast(cases, tf.float64) * self._fraction - 1e-9)
-        return tf.cast(count, cases.dtype)
+        return part_size(self._fraction, cases)
 
     def tensor(self, tensor: Any) -> Any:
         """`tensor` on the sub-batch, in the current context.
@@ -256,6 +251,16 @@ class SubBatch:
             "reshape, an initial state, ...). Feed the batch with an unknown leading "
             "dimension (None), or use the whole batch."
         )
+
+
+def part_size(fraction: float, cases: Any) -> Any:
+    """ceil(fraction * cases), at least 1, for a number or an integer tensor."""
+    if isinstance(cases, numbers.Real):
+        # The tolerance keeps 0.1 * 30 = 3.0000000000000004 from becoming 4.
+        return max(1, math.ceil(fraction * cases - 1e-9))
+    cases = tf.convert_to_tensor(cases)
+    count = tf.math.ceil(tf.cast(cases, tf.float64) * fraction - 1e-9)
+    return tf.cast(count, cases.dtype)
 
 
 def check_fraction(name: str, fraction: Any) -> None:

@@ -72,25 +72,34 @@ class QuadraticModelMixin:
             )
         updates = tensors_of(raw_updates_and_vars)
         previous = tensors_of(prev_updates_and_vars)
-        products = _CurvatureImages(
-            self._layers,
-            variables_of(raw_updates_and_vars),
-            self._batch_size,
-            self._qmodel_batch_fraction,
-            self.mat_type,
+        losses, cases = self._quadratic_model_losses()
+        computer = cmvp.CurvatureMatrixVectorProductComputer(
+            losses, variables_of(raw_updates_and_vars)
+        )
+        images_of = (
+            computer.multiply_fisher_factor_transpose
+            if self.mat_type == "Fisher"
+            else computer.multiply_ggn_factor_transpose
         )
         m, c, b = rules.build_terms(
             updates,
             previous,
             tensors_of(grads_and_vars),
-            products.of(updates),
-            products.of(previous),
+            images_of(updates),
+            images_of(previous),
             self._damping,
-            products.batch_size,
+            cases,
         )
         if should_average_over_replicas:
             m = utils.all_average(m)
         return rules.Terms(m, c, b)
+
+    def _quadratic_model_losses(self) -> tuple[Any, Any]:
+        """The losses whose curvature is used, and the number of cases they are of."""
+        if self._qmodel_batch_fraction == 1:
+            return self._layers, self._batch_size
+        part = SubBatch(self._layers, self._qmodel_batch_fraction, self._batch_size)
+        return part.losses(), part.batch_size
 
     def _compute_qmodel_hyperparams(
         self,
@@ -143,30 +152,3 @@ class QuadraticModelMixin:
         if config.settings().include_damping_in_qmodel_change:
             return 0.0
         return self._sub_damping_out_qmodel_change_coeff
-
-
-class _CurvatureImages:
-    """`B' J x` for parameter directions x, on the whole batch or on its first part.
-
-    Attributes:
-      batch_size: number of cases in the images.
-    """
-
-    def __init__(
-        self,
-        layers: Any,
-        variables: Sequence[Any],
-        batch_size: Any,
-        fraction: float,
-        mat_type: str,
-    ):
-        losses, self.batch_size = layers, batch_size
-        if fraction < 1:
-            part = SubBatch(layers, fraction, batch_size)
-            losses, self.batch_size = part.losses(), part.batch_size
-        computer = cmvp.CurvatureMatrixVectorProductComputer(losses, variables)
-        self.of = (
-            computer.multiply_fisher_factor_transpose
-            if mat_type == "Fisher"
-            else computer.multiply_ggn_factor_transpose
-        )
