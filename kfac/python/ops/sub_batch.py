@@ -83,7 +83,7 @@ class SubBatch:
         return self._sizes.get()
 
     def count(self, cases: Any) -> Any:
-        """ceil(fraction * cases), for a number or an integer tensor."""
+        """ceil(fraction * cases), see `part_size`."""
         return part_size(self._fraction, cases)
 
     def tensor(self, tensor: Any) -> Any:
@@ -261,6 +261,24 @@ def part_size(fraction: float, cases: Any) -> Any:
     cases = tf.convert_to_tensor(cases)
     count = tf.math.ceil(tf.cast(cases, tf.float64) * fraction - 1e-9)
     return tf.cast(count, cases.dtype)
+
+
+def part_size(fraction: float, cases: Any) -> Any:
+    """ceil(fraction * cases), at least 1 where `cases` is static.
+
+    Args:
+      fraction: in (0, 1].
+      cases: a number, or an integer tensor.
+
+    Returns:
+      An int for a number, else a tensor of the same dtype.
+    """
+    if isinstance(cases, numbers.Real):
+        # The tolerance keeps 0.1 * 30 = 3.0000000000000004 from becoming 4.
+        return max(1, math.ceil(fraction * cases - 1e-9))
+    cases = tf.convert_to_tensor(cases)
+    size = tf.math.ceil(tf.cast(cases, tf.float64) * fraction - 1e-9)
+    return tf.cast(size, cases.dtype)
 
 
 def check_fraction(name: str, fraction: Any) -> None:
