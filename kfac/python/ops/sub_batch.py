@@ -254,16 +254,6 @@ class SubBatch:
 
 
 def part_size(fraction: float, cases: Any) -> Any:
-    """ceil(fraction * cases), at least 1, for a number or an integer tensor."""
-    if isinstance(cases, numbers.Real):
-        # The tolerance keeps 0.1 * 30 = 3.0000000000000004 from becoming 4.
-        return max(1, math.ceil(fraction * cases - 1e-9))
-    cases = tf.convert_to_tensor(cases)
-    count = tf.math.ceil(tf.cast(cases, tf.float64) * fraction - 1e-9)
-    return tf.cast(count, cases.dtype)
-
-
-def part_size(fraction: float, cases: Any) -> Any:
     """ceil(fraction * cases), at least 1 where `cases` is static.
 
     Args:
