@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kfac.python.ops import config, errors
+from kfac.python.ops import config, errors, utils
 from kfac.python.ops import fisher_factors as ff
 from kfac.tests.ops import fisher_factor_cases as cases
 
@@ -313,3 +313,24 @@ def test_shards_of_dynamic_size_are_compared_when_run():
         assert running.run(total, {data: np.zeros((3, 2))}) == 6
         with pytest.raises(tf.errors.InvalidArgumentError, match="Inconsistent"):
             running.run(check, {data: np.zeros((4, 2))})
+
+
+@every_class
+def test_statistics_are_averaged_over_replicas(case, monkeypatch):
+    # Stands in for the collective; every statistic must pass through it, once.
+    passed = []
+
+    def all_average(value):
+        passed.append(value)
+        return 3 * value
+
+    monkeypatch.setattr(utils, "all_average", all_average)
+    factor, _, data = start(case)
+    update = factor.make_covariance_update_op(1.0, 1.0)
+    cov = factor.cov
+    with session() as running:
+        running.run(update)
+        value = running.run(cov)
+    assert len(passed) == 1
+    if case.kind != "sua":  # Its covariance is not linear in the moment.
+        np.testing.assert_allclose(value, 3 * case.expected_total(data), **TIGHT)

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from kfac.python.ops import fisher_factors as ff
 from kfac.tests import graph_kinds
+from kfac.tests.ops import fisher_factor_cases as cases
 from kfac.tests.ops.fisher_factor_cases import damping_func
 
 
@@ -74,3 +75,25 @@ def test_traces_of_a_function_share_state_by_stable_name():
     assert set(again.store.named_variables()) == names
     total_weight = again.store.named_variables()["dense/input/cov/total_weight"]
     np.testing.assert_allclose(total_weight.numpy(), 1.9)
+
+
+@pytest.mark.parametrize("kind", graph_kinds.FAST)
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_every_class_takes_its_statistics_in_both_worlds(case, kind):
+    data = case.data(0)
+
+    def build():
+        tensors = cases.map_data(tf.constant, data, case.ids)
+        factor = case.build(*cases.map_data(cases.deferred_of, tensors))
+        factor.register_matpower(-1, damping_func(0.3))
+        factor.instantiate_cov_variables()
+        factor.instantiate_inv_variables()
+        with tf.control_dependencies([factor.make_covariance_update_op(1.0, 1.0)]):
+            updates = factor.make_inverse_update_ops() or [tf.no_op()]
+        with tf.control_dependencies(updates):
+            inverse = factor.get_matpower(-1, damping_func(0.3)).to_dense()
+            return tf.identity(factor.cov), tf.convert_to_tensor(inverse)
+
+    cov, inverse = graph_kinds.Run(kind, build)()
+    np.testing.assert_allclose(cov, case.expected_total(data), rtol=1e-11, atol=1e-12)
+    assert np.isfinite(inverse).all() and inverse.any()

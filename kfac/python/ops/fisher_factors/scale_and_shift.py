@@ -132,26 +132,32 @@ class ScaleAndShiftFactor(base.FisherFactor):
 def _check_shapes(inputs: Any, grads: Any, dims_scale: Sequence[int]) -> None:
     if None in (inputs.shape.rank, grads.shape.rank):
         return
-    problem = None
-    if inputs.shape.rank != grads.shape.rank:
-        problem = "the ranks differ"
-    sizes = zip(inputs.shape.as_list(), grads.shape.as_list(), strict=False)
-    for axis, (size_in, size_out) in enumerate(sizes):
-        if axis == 0 or None in (size_in, size_out) or size_in == size_out:
-            continue
-        if size_in != 1:
-            problem = f"sizes along axis {axis} are neither equal nor 1 for the input"
-        elif axis not in dims_scale:
-            problem = (
-                f"the input is broadcast along axis {axis}, but the scale is not; "
-                "broadcast the input before the layer"
-            )
+    problem = _shape_problem(inputs.shape.as_list(), grads.shape.as_list(), dims_scale)
     if problem:
         raise errors.ArgumentError(
             f"Inputs of shape {inputs.shape} and output gradients of shape "
             f"{grads.shape} do not fit a scale broadcast along {tuple(dims_scale)}: "
             f"{problem}."
         )
+
+
+def _shape_problem(
+    sizes_in: list[int | None], sizes_out: list[int | None], dims_scale: Sequence[int]
+) -> str | None:
+    if len(sizes_in) != len(sizes_out):
+        return "the ranks differ"
+    pairs = zip(sizes_in[1:], sizes_out[1:], strict=True)
+    for axis, (size_in, size_out) in enumerate(pairs, start=1):
+        if None in (size_in, size_out) or size_in == size_out:
+            continue
+        if size_in != 1:
+            return f"sizes along axis {axis} are neither equal nor 1 for the input"
+        if axis not in dims_scale:
+            return (
+                f"the input is broadcast along axis {axis}, but the scale is not; "
+                "broadcast the input before the layer"
+            )
+    return None
 
 
 def _kept_size(data: Any, dims: Sequence[int]) -> int:
