@@ -1,8 +1,8 @@
 """The algebra of Kronecker-factored blocks.
 
 A block is `c A (x) G` with row-major vec: `A` over the inputs (bias last), `G` over
-the outputs.  A vector is the matrix `V` `[d_A, d_G]` (all but the last dimension of
-the weights are rows, the bias is the last row), so that a product is `c A V G`.
+the outputs.  A vector is the matrix `V` `[d_A, d_G]` (the leading dimensions of the
+weights are rows, the bias is the last row), so that a product is `c A V G`.
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ class KroneckerProductFB(FisherBlock):
           transpose_left: whether `op` transposes the left operator.
           transpose_right: whether `op` transposes the right operator.
         """
-        product = right_factor.matmul_right(to_matrix(vector), adjoint=transpose_right)
+        matrix = to_matrix(vector, columns=right_factor.domain_dimension)
+        product = right_factor.matmul_right(matrix, adjoint=transpose_right)
         product = self._left_operator(left_factor).matmul(
             product, adjoint=transpose_left
         )
@@ -184,10 +185,20 @@ class KroneckerProductFB(FisherBlock):
         return from_matrix(vector, product)
 
 
-def to_matrix(vector: Vector) -> Any:
-    """`[d_A, d_G]`, bias last; sparse slices stay as they are."""
+def to_matrix(vector: Vector, columns: Any = None) -> Any:
+    """`[d_A, d_G]`, bias last; sparse slices stay as they are.
+
+    Args:
+      vector: like the parameters, or sparse slices.
+      columns: `d_G`, where it may be the product of several last axes of the weights
+        (attention heads and their features); by default the last axis.
+    """
     if is_sequence(vector) and len(vector) == 1:
         vector = vector[0]
+    if columns is not None and is_sequence(vector):
+        vector = (tf.reshape(vector[0], [-1, columns]), vector[1])
+    elif columns is not None and not isinstance(vector, tf.IndexedSlices):
+        vector = tf.reshape(vector, [-1, columns])
     return utils.layer_params_to_mat2d(vector)
 
 

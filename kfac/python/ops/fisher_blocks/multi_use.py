@@ -29,6 +29,8 @@ class FullyConnectedMultiIndepFB(
     or `[T * batch]` and need the diagonal input factor.
     """
 
+    _needs_order_of_uses = False
+
     def __init__(
         self,
         layer_collection: Any,

@@ -101,7 +101,7 @@ class FullyConnectedSeriesFB(
             (self._output_factor, self._output_damping_func),
         ):
             if self._option == SeriesFBApproximation.option1:
-                factor.register_option1quants(damping_func)
+                factor.register_option1quants(damping_func, signed=True)
             elif self._option == SeriesFBApproximation.option2:
                 factor.register_option2quants(damping_func)
             else:
@@ -210,14 +210,14 @@ def total_correlation(step: tf.Tensor, length: int) -> tf.Tensor:
     `f_(n + m) = f_n + f_m + 2 x S_n S_m`.
 
     Args:
-      step: correlations of neighbouring steps.  Where they are so negative that the
-        steps cancel, the total is kept above that at -0.99.
+      step: correlations of neighbouring steps; clipped to [-0.99, 1], because steps
+        of correlation -1 cancel and the total must stay positive.
       length: number of steps T.
 
     Returns:
       Positive tensor shaped like `step`.
     """
-    x = tf.maximum(step, -0.99)
+    x = tf.clip_by_value(step, -0.99, 1.0)
     total = powers = tf.ones_like(x)  # f_n and S_n for n = 1.
     last = x  # x^n.
     for bit in bin(length)[3:]:

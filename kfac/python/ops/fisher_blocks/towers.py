@@ -13,6 +13,7 @@ from typing import Any
 
 from kfac.python.ops import config, utils
 from kfac.python.ops.errors import ArgumentError
+from kfac.python.ops.fisher_blocks import batch_major
 from kfac.python.ops.fisher_blocks.base import is_sequence
 
 
@@ -99,7 +100,12 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
     A tower's inputs, and independently its output gradients, are either a list or
     tuple over uses of tensors `[batch, ...]`, or one tensor `[uses * batch, ...]`
     with the use as the slower index (for dense layers also `[uses, batch, n]`).
+    Dense layers may have data with the cases first instead, see
+    `use_batch_major_data`.
     """
+
+    # Whether factors tell apart which use and which case a row belongs to.
+    _needs_order_of_uses = True
 
     def __init__(self, num_uses: int | None = None, *args: Any, **kwargs: Any):
         """Makes the mix-in.
@@ -110,7 +116,16 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
           **kwargs: for the next class.
         """
         self._num_uses = num_uses
+        self._batch_major = False
         super().__init__(*args, **kwargs)
+
+    def use_batch_major_data(self) -> None:
+        """Takes tensors with the cases first: `[batch, <uses>, n]`, or those folded.
+
+        A tower's data is then one such tensor, or a tuple of them if the layer is
+        applied to several sequences; `num_uses` counts the uses of all together.
+        """
+        self._batch_major = True
 
     def _process_data(self, grads_list: Sequence[Any]) -> tuple[tuple, tuple]:
         """`(inputs, grads_list)` for the factors; sets `_num_uses`.
@@ -120,6 +135,8 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
             strategy is unknown.
         """
         inputs = tuple(self._mapped_inputs())
+        if self._batch_major:
+            return self._rearranged(inputs), tuple(map(self._rearranged, grads_list))
         if is_sequence(inputs[0]):
             self._set_num_uses("inputs", inputs)
             inputs = _partition_uses(inputs)
@@ -137,6 +154,12 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
             )
         return inputs, grads_list
 
+    def _rearranged(self, towers: Sequence[Any]) -> tuple[Any, ...]:
+        rearrange = (
+            batch_major.use_major if self._needs_order_of_uses else batch_major.rows
+        )
+        return tuple(rearrange(tower, self._num_uses) for tower in towers)
+
     def _set_num_uses(self, side: str, towers: Sequence[Sequence[Any]]) -> None:
         counts = [len(tower) for tower in towers]
         if len(set(counts)) > 1:
@@ -152,7 +175,7 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
         self._num_uses = counts[0]
 
     def _uses_per_case(self) -> int | None:
-        if self._num_uses is None and self._inputs:
+        if self._num_uses is None and self._inputs and not self._batch_major:
             for tower in (self._inputs[0], self._outputs[0]):
                 if is_sequence(tower):
                     return len(tower)

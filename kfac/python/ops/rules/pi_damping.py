@@ -11,6 +11,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from kfac.python.ops.rules import scalars
+
 
 def pi_tracenorm(
     left_trace: tf.Tensor, left_dim: int, right_trace: tf.Tensor, right_dim: int
@@ -43,5 +45,5 @@ def split(root_damping: Any, pi: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
       root_damping: square root of the block's damping; float, tensor or variable.
       pi: scalar tensor; its dtype is that of the result.
     """
-    root_damping = tf.cast(root_damping, pi.dtype)
+    root_damping = scalars.cast(root_damping, pi.dtype)
     return root_damping * pi, root_damping / pi
