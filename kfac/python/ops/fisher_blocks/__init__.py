@@ -15,6 +15,9 @@ known, and then multiplies vectors shaped like the parameters by functions of
 | dense, several uses a case | `FullyConnectedMultiIndepFB`, `FullyConnectedReduceFB` |
 | dense, time steps | `FullyConnectedSeriesFB` |
 | convolution, several uses a case | `ConvKFCBasicMultiIndepFB` |
+
+EKFAC: `FullyConnectedEKFACFB`, `ConvEKFACFB`, `FullyConnectedMultiEKFACFB` and
+`ConvMultiEKFACFB`.
 """
 
 from kfac.python.ops import config
@@ -39,6 +42,13 @@ from kfac.python.ops.fisher_blocks.depthwise import (
     DepthwiseConvKFCBasicFB,
     conv2d_filter_to_depthwise_conv2d_filter,
     depthwise_conv2d_filter_to_conv2d_filter,
+)
+from kfac.python.ops.fisher_blocks.eigenbasis import (
+    ConvEKFACFB,
+    ConvMultiEKFACFB,
+    EigenbasisProductFB,
+    FullyConnectedEKFACFB,
+    FullyConnectedMultiEKFACFB,
 )
 from kfac.python.ops.fisher_blocks.full_and_diagonal import DiagonalFB, FullFB
 from kfac.python.ops.fisher_blocks.fully_connected import (
@@ -73,16 +83,21 @@ __all__ = [
     "PI_TRACENORM_NAME",
     "BlockDescription",
     "ConvDiagonalFB",
+    "ConvEKFACFB",
     "ConvKFCBasicFB",
     "ConvKFCBasicMultiIndepFB",
     "ConvKFCReduceFB",
+    "ConvMultiEKFACFB",
     "DepthwiseConvDiagonalFB",
     "DepthwiseConvKFCBasicFB",
     "DiagonalFB",
+    "EigenbasisProductFB",
     "FisherBlock",
     "FullFB",
     "FullyConnectedDiagonalFB",
+    "FullyConnectedEKFACFB",
     "FullyConnectedKFACBasicFB",
+    "FullyConnectedMultiEKFACFB",
     "FullyConnectedMultiIndepFB",
     "FullyConnectedReduceFB",
     "FullyConnectedSeriesFB",

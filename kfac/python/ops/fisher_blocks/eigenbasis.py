@@ -28,6 +28,7 @@ from kfac.python.ops.fisher_blocks.multi_use import (
     ConvKFCBasicMultiIndepFB,
     FullyConnectedMultiIndepFB,
 )
+from kfac.python.ops.fisher_factors import example_gradients
 
 _FACTORS = {
     "examples": fisher_factors.ExampleEigenbasisFactor,
@@ -157,11 +158,11 @@ class EigenbasisProductFB(KroneckerProductFB):
 
     def _dense(self, vector: Vector) -> tuple[Vector, tf.Tensor]:
         """The vector, and as a matrix `[d_in, d_out]`; both dense."""
+        d_in, d_out = self._eigenbasis_factor.sides
         if isinstance(vector, tf.IndexedSlices):
             # The number of rows of a sparse gradient is often dynamic.
-            shape = self._eigenbasis_factor.eigenvalues.shape
-            vector = tf.reshape(tf.convert_to_tensor(vector), shape)
-        return vector, to_matrix(vector)
+            vector = tf.reshape(tf.convert_to_tensor(vector), [d_in, d_out])
+        return vector, to_matrix(vector, columns=d_out)
 
 
 class FullyConnectedEKFACFB(EigenbasisProductFB, FullyConnectedKFACBasicFB):
@@ -173,8 +174,8 @@ class FullyConnectedEKFACFB(EigenbasisProductFB, FullyConnectedKFACBasicFB):
         super().__init__(layer_collection, has_bias)
         self._set_scaling(scaling)
 
-    def _examples(self, inputs: tuple, grads: tuple) -> fisher_factors.Examples:
-        return fisher_factors.Examples(inputs, grads, self._has_bias)
+    def _examples(self, inputs: tuple, grads: tuple) -> example_gradients.Examples:
+        return example_gradients.Examples(inputs, grads, self._has_bias)
 
 
 class FullyConnectedMultiEKFACFB(EigenbasisProductFB, FullyConnectedMultiIndepFB):
@@ -183,6 +184,8 @@ class FullyConnectedMultiEKFACFB(EigenbasisProductFB, FullyConnectedMultiIndepFB
     Towers: see `InputOutputMultiTowerMultiUse`.  Uses are taken as independent for the
     basis alone: the moments are those of the whole gradient of each case.
     """
+
+    _needs_order_of_uses = True
 
     def __init__(
         self,
@@ -194,8 +197,8 @@ class FullyConnectedMultiEKFACFB(EigenbasisProductFB, FullyConnectedMultiIndepFB
         super().__init__(layer_collection, has_bias, num_uses)
         self._set_scaling(scaling)
 
-    def _examples(self, inputs: tuple, grads: tuple) -> fisher_factors.Examples:
-        return fisher_factors.Examples(inputs, grads, self._has_bias, self._num_uses)
+    def _examples(self, inputs: tuple, grads: tuple) -> example_gradients.Examples:
+        return example_gradients.Examples(inputs, grads, self._has_bias, self._num_uses)
 
 
 class _ConvolutionEKFACFB(EigenbasisProductFB):
@@ -218,12 +221,20 @@ class _ConvolutionEKFACFB(EigenbasisProductFB):
           scaling: see `EigenbasisProductFB`.
           **options: of the K-FAC block. Sub-sampling concerns the basis only; the
             moments are taken from all cases and patches.
+
+        Raises:
+          ArgumentError: the SUA approximation is asked for.
         """
+        if options.get("use_sua_approx_for_input_factor"):
+            raise ArgumentError(
+                "EKFAC needs the eigenvectors of the whole input factor; it cannot be "
+                "combined with the SUA approximation."
+            )
         super().__init__(layer_collection, params, padding, **options)
         self._set_scaling(scaling)
 
-    def _examples(self, inputs: tuple, grads: tuple) -> fisher_factors.Examples:
-        return fisher_factors.ConvolutionExamples(
+    def _examples(self, inputs: tuple, grads: tuple) -> example_gradients.Examples:
+        return example_gradients.ConvolutionExamples(
             inputs,
             grads,
             self._filter_shape,

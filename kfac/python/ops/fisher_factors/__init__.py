@@ -36,6 +36,11 @@ from kfac.python.ops.fisher_factors.diagonal import (
     DiagonalKroneckerFactor,
     DiagonalMultiKF,
 )
+from kfac.python.ops.fisher_factors.eigenbasis import (
+    EigenbasisFactor,
+    ExampleEigenbasisFactor,
+    ProductEigenbasisFactor,
+)
 from kfac.python.ops.fisher_factors.fully_connected import (
     FullyConnectedDiagonalFactor,
     FullyConnectedKroneckerFactor,
@@ -81,6 +86,8 @@ __all__ = [
     "DiagonalFactor",
     "DiagonalKroneckerFactor",
     "DiagonalMultiKF",
+    "EigenbasisFactor",
+    "ExampleEigenbasisFactor",
     "FisherFactor",
     "FullyConnectedDiagonalFactor",
     "FullyConnectedKroneckerFactor",
@@ -89,6 +96,7 @@ __all__ = [
     "GroupedConvDiagonalFactor",
     "NaiveDiagonalFactor",
     "NaiveFullFactor",
+    "ProductEigenbasisFactor",
     "ScaleAndShiftDiagonalFactor",
     "ScaleAndShiftFactor",
     "ScaleAndShiftFullFactor",

@@ -71,10 +71,10 @@ class EigenbasisFactor(base.FisherFactor):
         """What K-FAC takes for the average, in the layout of `cov`."""
 
     @abc.abstractmethod
-    def _moments_in_new_basis(
+    def _carried_over(
         self, input_rotation: tf.Tensor, output_rotation: tf.Tensor, restart: tf.Tensor
     ) -> tf.Tensor:
-        """The average after a change of basis, in the layout of `cov`.
+        """The average after a change of eigenbasis, in the layout of `cov`.
 
         Args:
           input_rotation: `[d_in, d_in]`, new basis transposed times the old one.
@@ -109,6 +109,11 @@ class EigenbasisFactor(base.FisherFactor):
         return self._examples.device(tower)
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """`(d_in, d_out)`: the sizes of the bases."""
+        return self._examples.d_in, self._examples.d_out
+
+    @property
     def input_basis(self) -> tf.Variable:
         """U_A, eigenvectors as columns, `[d_in, d_in]`."""
         return self._input_basis
@@ -133,10 +138,10 @@ class EigenbasisFactor(base.FisherFactor):
         """
         super().instantiate_cov_variables()
         identity = tf1.initializers.identity
-        d_in, d_out = self._examples.d_in, self._examples.d_out
+        d_in, d_out = self.sides
         self._input_basis = self._store.create("input_basis", [d_in] * 2, identity)
         self._output_basis = self._store.create("output_basis", [d_out] * 2, identity)
-        self._refreshes = self._store.create("refreshes", [])
+        self._refreshes = self._store.create("refreshes", [], tf1.zeros_initializer)
 
     def make_covariance_update_op(self, ema_decay: Any, ema_weight: Any) -> Any:
         """Op that takes one step of the moving average with this mini-batch.
@@ -189,13 +194,14 @@ class EigenbasisFactor(base.FisherFactor):
             ]
         )
         restart = self._kronecker_moments(input_values, output_values)
-        carried = self._moments_in_new_basis(
+        carried = self._carried_over(
             tf.matmul(input_basis, self._input_basis, transpose_a=True),
             tf.matmul(output_basis, self._output_basis, transpose_a=True),
             restart,
         )
         moments = tf.where(tf.equal(self._refreshes, 0), restart, carried)
-        new = [input_basis, output_basis, self._refreshes + 1, self._undebiased(moments)]
+        moments = self._undebiased(moments)
+        new = [input_basis, output_basis, self._refreshes + 1, moments]
         old = self.inverse_variables()
         values = [
             tf.where(good, value, variable)
@@ -203,9 +209,7 @@ class EigenbasisFactor(base.FisherFactor):
         ]
         # All old values must be read before the first one is overwritten.
         with tf.control_dependencies(values):
-            ops = self._store.refresh(
-                old, values, tf.logical_not(good), has_statistics
-            )
+            ops = self._store.refresh(old, values, tf.logical_not(good), has_statistics)
         return [tf.group(*ops)]
 
     def _undebiased(self, average: tf.Tensor) -> tf.Tensor:
@@ -291,7 +295,7 @@ class ExampleEigenbasisFactor(EigenbasisFactor):
 
     @property
     def _cov_shape(self) -> Sequence[int]:
-        return [self._examples.d_in, self._examples.d_out]
+        return self.sides
 
     def _compute_new_cov(self, source: int, tower: int) -> tf.Tensor:
         return self._tower_moments(tower, [source])
@@ -314,7 +318,7 @@ class ExampleEigenbasisFactor(EigenbasisFactor):
             input_eigenvalues, output_eigenvalues, axes=0
         )
 
-    def _moments_in_new_basis(self, input_rotation, output_rotation, restart):
+    def _carried_over(self, input_rotation, output_rotation, restart):
         del restart
         return eigenbasis.diagonal_after_rotation(
             self.cov, input_rotation, output_rotation
@@ -338,7 +342,7 @@ class ProductEigenbasisFactor(EigenbasisFactor):
 
     @property
     def _cov_shape(self) -> Sequence[int]:
-        return [self._examples.d_in + self._examples.d_out]
+        return [sum(self.sides)]
 
     def _compute_new_cov(self, source: int, tower: int) -> tf.Tensor:
         examples = self._examples
@@ -355,6 +359,6 @@ class ProductEigenbasisFactor(EigenbasisFactor):
     def _kronecker_moments(self, input_eigenvalues, output_eigenvalues):
         return tf.concat([input_eigenvalues, output_eigenvalues], axis=0)
 
-    def _moments_in_new_basis(self, input_rotation, output_rotation, restart):
+    def _carried_over(self, input_rotation, output_rotation, restart):
         del input_rotation, output_rotation
         return restart  # Exactly the diagonals in the new bases.

@@ -6,6 +6,8 @@ diagonal block of the curvature matrix) and holds the losses that define the cur
 
 from kfac.python.ops.layer_collection.approximations import (
     APPROX_DIAGONAL_NAME,
+    APPROX_EKFAC_NAME,
+    APPROX_EKFAC_PRODUCT_NAME,
     APPROX_FULL_NAME,
     APPROX_KRONECKER_BOTH_DIAG_NAME,
     APPROX_KRONECKER_DEPTHWISE_NAME,
@@ -32,6 +34,8 @@ from kfac.python.ops.layer_collection.reuse import VARIABLE_SCOPE
 
 __all__ = [
     "APPROX_DIAGONAL_NAME",
+    "APPROX_EKFAC_NAME",
+    "APPROX_EKFAC_PRODUCT_NAME",
     "APPROX_FULL_NAME",
     "APPROX_KRONECKER_BOTH_DIAG_NAME",
     "APPROX_KRONECKER_DEPTHWISE_NAME",

@@ -27,6 +27,10 @@ APPROX_KRONECKER_REDUCE_NAME = "kron_reduce"
 # Depthwise convolutions have no name for their Kronecker block in the reference API,
 # where "kron" is documented to be refused.
 APPROX_KRONECKER_DEPTHWISE_NAME = "kron_depthwise"
+# EKFAC, T. George et al., arXiv 1806.03884; second moments in the Kronecker eigenbasis
+# from the gradients of single examples, or the products of K-FAC.
+APPROX_EKFAC_NAME = "ekfac"
+APPROX_EKFAC_PRODUCT_NAME = "ekfac_product"
 
 BlockFactory = Callable[..., Any]
 
@@ -48,6 +52,14 @@ def _diagonal_sides(block: type, plain: str, in_: str, out: str, both: str) -> d
     }
 
 
+def _ekfac(block: type) -> dict:
+    """Both scalings of an EKFAC block."""
+    return {
+        APPROX_EKFAC_NAME: block,
+        APPROX_EKFAC_PRODUCT_NAME: functools.partial(block, scaling="product"),
+    }
+
+
 # Family -> approximation name -> callable that makes the block.
 BLOCK_TYPES: Mapping[str, Mapping[str, BlockFactory]] = {
     "generic": {
@@ -63,6 +75,7 @@ BLOCK_TYPES: Mapping[str, Mapping[str, BlockFactory]] = {
             APPROX_KRONECKER_BOTH_DIAG_NAME,
         ),
         APPROX_DIAGONAL_NAME: fb.FullyConnectedDiagonalFB,
+        **_ekfac(fb.FullyConnectedEKFACFB),
     },
     "conv2d": {
         APPROX_KRONECKER_NAME: fb.ConvKFCBasicFB,
@@ -71,6 +84,7 @@ BLOCK_TYPES: Mapping[str, Mapping[str, BlockFactory]] = {
         ),
         APPROX_KRONECKER_REDUCE_NAME: fb.ConvKFCReduceFB,
         APPROX_DIAGONAL_NAME: fb.ConvDiagonalFB,
+        **_ekfac(fb.ConvEKFACFB),
     },
     "fully_connected_multi": {
         **_diagonal_sides(
@@ -87,14 +101,24 @@ BLOCK_TYPES: Mapping[str, Mapping[str, BlockFactory]] = {
             fb.FullyConnectedSeriesFB, option=fb.SeriesFBApproximation.option2
         ),
         APPROX_KRONECKER_REDUCE_NAME: fb.FullyConnectedReduceFB,
+        **_ekfac(fb.FullyConnectedMultiEKFACFB),
     },
-    "conv2d_multi": {APPROX_KRONECKER_INDEP_NAME: fb.ConvKFCBasicMultiIndepFB},
+    "conv2d_multi": {
+        APPROX_KRONECKER_INDEP_NAME: fb.ConvKFCBasicMultiIndepFB,
+        **_ekfac(fb.ConvMultiEKFACFB),
+    },
     "scale_and_shift": {
         APPROX_FULL_NAME: fb.ScaleAndShiftFullFB,
         APPROX_DIAGONAL_NAME: fb.ScaleAndShiftDiagonalFB,
     },
-    "conv1d": {APPROX_KRONECKER_NAME: fb.ConvKFCBasicFB},
-    "convolution": {APPROX_KRONECKER_NAME: fb.ConvKFCBasicFB},
+    "conv1d": {
+        APPROX_KRONECKER_NAME: fb.ConvKFCBasicFB,
+        **_ekfac(fb.ConvEKFACFB),
+    },
+    "convolution": {
+        APPROX_KRONECKER_NAME: fb.ConvKFCBasicFB,
+        **_ekfac(fb.ConvEKFACFB),
+    },
     "depthwise_conv2d": {
         APPROX_DIAGONAL_NAME: fb.DepthwiseConvDiagonalFB,
         APPROX_KRONECKER_DEPTHWISE_NAME: fb.DepthwiseConvKFCBasicFB,

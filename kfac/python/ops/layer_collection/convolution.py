@@ -37,7 +37,8 @@ class ConvolutionLayers(LayerRegistry):
           inputs: `[batch, length, c_in]`.
           outputs: `[batch, new_length, c_out]`, before any nonlinearity.
           dilations: 3 ints, or None for ones.
-          approx: "kron" or None.
+          approx: "kron", "ekfac" or "ekfac_product"; None for the linked one or the
+            default.
           reuse: True adds a tower to the layer, see `reuse.is_another_tower`.
           sub_sample_inputs: statistics from a random part of the cases; None for the
             setting of `fisher_factors`.
@@ -91,8 +92,8 @@ class ConvolutionLayers(LayerRegistry):
           outputs: `[batch, new_rows, new_columns, c_out]`, before any nonlinearity.
           data_format: None or "NHWC".
           dilations: 4 ints, or None for ones.
-          approx: "kron", "kron_sua", "kron_reduce" or "diagonal"; None for the linked
-            one or the default.
+          approx: "kron", "kron_sua", "kron_reduce", "diagonal", "ekfac" or
+            "ekfac_product"; None for the linked one or the default.
           reuse: True adds a tower to the layer, see `reuse.is_another_tower`.
           sub_sample_inputs: statistics from a random part of the cases; None for the
             setting of `fisher_factors`. "diagonal" and "kron_reduce" ignore it.
@@ -193,7 +194,8 @@ class ConvolutionLayers(LayerRegistry):
           strides: one int per spatial axis, or None for ones.
           dilation_rate: likewise.
           data_format: None, or a name that ends in "C".
-          approx: "kron" or None.
+          approx: "kron", "ekfac" or "ekfac_product"; None for the linked one or the
+            default.
           reuse: True adds a tower to the layer, see `reuse.is_another_tower`.
 
         Raises:
@@ -254,7 +256,8 @@ class ConvolutionLayers(LayerRegistry):
           num_uses: number of uses; needed if both `inputs` and `outputs` are tensors.
           data_format: None or "NHWC".
           dilations: 4 ints, or None for ones.
-          approx: "kron_indep"; None for the linked one or the default.
+          approx: "kron_indep", "ekfac" or "ekfac_product"; None for the linked one or
+            the default.
           reuse: True adds a tower to the layer, see `reuse.is_another_tower`.
           sub_sample_inputs: as in `register_conv2d`, like the following.
           sub_sample_patches: as said.
