@@ -147,4 +147,5 @@ def compiled_loss_weights(model: Any) -> Any:
     """The loss weights given to `compile`, or None."""
     if not isinstance(model, keras.Model) or not model.compiled:
         return None
-    return (model.get_compile_config() or {}).get("loss_weights")
+    with tf.init_scope():  # The config holds the values of variables.
+        return (model.get_compile_config() or {}).get("loss_weights")

@@ -68,9 +68,20 @@ class TracedKfac(KfacOptimizer):
             lambda: self.update_statistics(should_decay),
         )
         run_if(
-            tf.equal(self.counter % self._invert_every, 0),
-            lambda: [thunk() for thunk in self._inverse_thunks],
+            self._inverses_due(), lambda: [thunk() for thunk in self._inverse_thunks]
         )
+
+    def _inverses_due(self) -> tf.Tensor:
+        """Every `invert_every` steps, and before that at steps 1, 2, 4, 8, ...
+
+        At the start the curvature changes fastest and is known from one batch only;
+        inverses of the first batch's statistics, kept for a whole period, are what
+        makes K-FAC diverge in its first steps.
+        """
+        k = self.counter
+        power_of_two = tf.equal(tf.bitwise.bitwise_and(k, k - 1), 0)
+        starting = (k < self._invert_every) & power_of_two
+        return tf.equal(k % self._invert_every, 0) | starting
 
     def update_statistics(self, should_decay: bool = True) -> list[tf.Operation]:
         """Registers the model on part of the batch and updates all covariances."""

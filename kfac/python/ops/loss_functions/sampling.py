@@ -36,7 +36,9 @@ def categorical(logits: tf.Tensor, seed: Any) -> tf.Tensor:
         draw = tf.random.stateless_categorical(logits, 1, seed, dtype=tf.int32)
     else:
         draw = tf.random.categorical(logits, 1, dtype=tf.int32, seed=seed)
-    return tf.squeeze(draw, axis=1)
+    # Rows of NaN draw the class after the last one, which is no target; a diverging
+    # training should show its NaN loss, not fail here.
+    return tf.minimum(tf.squeeze(draw, axis=1), tf.shape(logits)[1] - 1)
 
 
 def _is_stateless(seed: Any) -> bool:
