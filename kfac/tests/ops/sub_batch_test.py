@@ -243,6 +243,35 @@ def test_the_arguments_of_a_function_are_cut():
     np.testing.assert_allclose(actual, expected)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_batch_normalisation_and_pooling_see_the_part_alone(dynamic):
+    x = np.random.RandomState(0).randn(6, 4, 4, 2).astype(np.float32)
+    kernel = np.random.RandomState(1).randn(3, 3, 2, 2).astype(np.float32)
+
+    def net(inputs):
+        hidden = tf.nn.conv2d(inputs, kernel, [1, 1, 1, 1], "SAME")
+        hidden = tf1.nn.fused_batch_norm(
+            hidden, tf.ones([2]), tf.zeros([2]), is_training=True
+        )[0]
+        hidden = tf.nn.max_pool2d(tf.nn.relu(hidden), 2, 2, "SAME")
+        mean = tf.reduce_mean(hidden, axis=0)  # Over the cases.
+        return tf.reshape(hidden - mean, [-1, 8])
+
+    def build():
+        out = net(tf1.placeholder_with_default(x, [None if dynamic else 6, 4, 4, 2]))
+        part = sub_batch.SubBatch(collection_of(out), 0.5)
+        assert part.batch_size == 3 or dynamic
+        return (
+            part.tensor(out),
+            net(tf.constant(x[:3])),
+            tf.constant(0) + part.batch_size,
+        )
+
+    actual, expected, size = graph_kinds.Run(graph_kinds.V1_ON, build)()
+    assert size == 3
+    np.testing.assert_allclose(actual, expected, atol=1e-6)  # float32
+
+
 def test_a_batch_from_an_iterator_is_cut():
     with tf.Graph().as_default(), tf1.Session() as session:
         data = np.arange(12.0).reshape(6, 2)

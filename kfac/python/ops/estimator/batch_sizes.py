@@ -28,21 +28,24 @@ def checked(factor: Any, expected: Any, source: str):
     found = factor.batch_size()
     message = (
         f"Factor {factor.name!r} of class {utils.cls_name(factor)} has statistics from "
-        f"{found} cases, but {expected} are expected: {source}. Probably a tensor was "
-        "registered with a wrong size, or batch_size, num_uses or num_timesteps is "
-        "wrong."
+        f"{_shown(found)} cases, but {_shown(expected)} are expected: {source}. "
+        "Probably a tensor was registered with a wrong size, or batch_size, num_uses "
+        "or num_timesteps is wrong."
     )
-    checks = []
-    if isinstance(found, int) and isinstance(expected, int):
-        if found != expected:
-            raise ValueError(message)
-        checks.append(factor.check_partial_batch_sizes())
-    else:
-        checks.append(factor.check_partial_batch_sizes())
+    static = isinstance(found, int) and isinstance(expected, int)
+    if static and found != expected:
+        raise ValueError(message)
+    checks = [factor.check_partial_batch_sizes()]
+    if not static:
         checks.append(
             tf1.assert_equal(
                 tf.cast(found, tf.int32), tf.cast(expected, tf.int32), message=message
             )
         )
-    with tf.control_dependencies([check for check in checks if check is not None]):
+    with tf.control_dependencies(checks):
         yield
+
+
+def _shown(size: Any) -> Any:
+    """A size in a message: what is not known yet shows up when the check fails."""
+    return size if isinstance(size, int) else "a dynamic number of"
