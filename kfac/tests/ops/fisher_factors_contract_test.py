@@ -63,6 +63,8 @@ def test_cov_is_refused_before_its_variables_exist(case):
     factor = case.build(*case.tensors(case.data(0)))
     with pytest.raises(AttributeError, match="instantiate_cov_variables"):
         _ = factor.cov
+    with pytest.raises(AttributeError, match="instantiate_cov_variables"):
+        factor.make_covariance_update_op(1.0, 1.0)
 
 
 @every_class

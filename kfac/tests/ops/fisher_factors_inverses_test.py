@@ -1,48 +1,15 @@
-"""Matrix functions that dense factors keep: which, how computed, how they fail."""
+"""Matrix functions that dense factors keep: which, by what, and when."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from kfac.python.ops import config, errors
-from kfac.python.ops import fisher_factors as ff
 from kfac.python.ops.utils import MovingAverageVariable
 from kfac.tests.ops.fisher_factor_cases import damping_func
+from kfac.tests.ops.fisher_factor_dummy import Dummy, FixedCov
 
 tf1 = tf.compat.v1
-
-
-class FixedCov:
-    """Stands in for a moving average, as callers may put any `.value` into `_cov`."""
-
-    def __init__(self, value):
-        self.value = value
-
-
-class Dummy(ff.DenseSquareMatrixFactor):
-    """The smallest subclass a user can write."""
-
-    def __init__(self, shape, scope="dummy/a_b_c", cov=None):
-        self._shape = shape
-        self._scope = scope
-        super().__init__()
-        if cov is not None:
-            self._cov = FixedCov(tf.convert_to_tensor(cov))
-
-    _var_scope = property(lambda self: self._scope)
-    _cov_shape = property(lambda self: self._shape)
-    _num_sources = property(lambda self: 1)
-    _num_towers = property(lambda self: 1)
-    _dtype = tf.float64
-
-    def _partial_batch_size(self, source=0, tower=0):
-        return 1
-
-    def _compute_new_cov(self, source, tower):
-        return tf.zeros(self._shape, tf.float64)
-
-    def _get_data_device(self, tower):
-        return None
 
 
 def spd(size=3, seed=0):
@@ -269,10 +236,13 @@ def test_the_inverse_is_computed_by_the_method_in_force(graph, method):
     factor.instantiate_inv_variables()
     with config.override(posdef_inv_method=method):
         inverse = run_updates(factor, factor.get_inv_vars()[0])
-    op = {"cholesky": "Cholesky", "eig": "SelfAdjointEigV2"}.get(
-        method, "MatrixInverse"
-    )
-    assert len(ops_of_type(graph, op)) == 1
+    op_types = {
+        "cholesky": "Cholesky",
+        "eig": "SelfAdjointEigV2",
+        "matrix_inverse": "MatrixInverse",
+    }
+    for other, op_type in op_types.items():
+        assert len(ops_of_type(graph, op_type)) == (other == method)
     expected = np.linalg.inv(spd() + 0.1 * np.eye(3))
     np.testing.assert_allclose(inverse, expected, rtol=1e-10)
 
@@ -332,103 +302,6 @@ def test_a_matrix_of_another_rank_is_refused():
     factor = Dummy((2, 2), cov=np.zeros((2, 2, 2)))
     with pytest.raises(AssertionError, match="Expected a matrix"):
         factor.get_cov_as_linear_operator()
-
-
-# --- when a matrix cannot be inverted ------------------------------------------------
-
-
-def failing_factor(register):
-    """A factor whose average is set by hand, and its running session."""
-    factor = Dummy((2, 2))
-    factor.instantiate_cov_variables()
-    register(factor)
-    factor.instantiate_inv_variables()
-    value = tf1.placeholder(tf.float64, (2, 2))
-    move = factor._cov.add_to_average(value, decay=0.0, weight=1.0)
-    ops = factor.make_inverse_update_ops()
-    session = tf1.Session()
-    session.run(tf1.global_variables_initializer())
-
-    def update(matrix):
-        session.run(move, {value: matrix})
-        session.run(ops)
-        return session.run([factor.get_inv_vars()[0], factor.fallbacks])
-
-    return factor, update, session, ops
-
-
-KINDS = {
-    "inverse": lambda factor: factor.register_inverse(damping_func(0.5)),
-    "cholesky": lambda factor: factor.register_cholesky(damping_func(0.5)),
-    "cholesky_inverse": lambda factor: factor.register_cholesky_inverse(
-        damping_func(0.5)
-    ),
-    "power": lambda factor: factor.register_matpower(-0.5, damping_func(0.5)),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_nan_keeps_the_last_good_result_and_is_counted(kind):
-    _, update, session, _ = failing_factor(KINDS[kind])
-    good, fallbacks = update(np.diag([1.0, 2.0]))
-    assert fallbacks == 0 and np.isfinite(good).all()
-    for count in (1, 2):
-        kept, fallbacks = update(np.full((2, 2), np.nan))
-        np.testing.assert_array_equal(kept, good)
-        assert fallbacks == count
-    session.close()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_nan_before_any_good_result_gives_the_identity(kind):
-    _, update, session, _ = failing_factor(KINDS[kind])
-    result, fallbacks = update(np.full((2, 2), np.nan))
-    np.testing.assert_array_equal(result, np.eye(2))
-    assert fallbacks == 1
-    session.close()
-
-
-def test_a_slightly_indefinite_matrix_is_inverted_with_jitter_and_counted():
-    _, update, session, _ = failing_factor(KINDS["inverse"])
-    # Damped diagonal (2.5, -1e-3): of the jitters 1e-6, 1e-4 and 1e-2 times the mean
-    # absolute diagonal, 1.2505, the last one repairs it.
-    result, fallbacks = update(np.diag([2.0, -0.501]))
-    jitter = 1e-2 * (2.5 + 1e-3) / 2
-    expected = np.diag([1 / (2.5 + jitter), 1 / (jitter - 1e-3)])
-    np.testing.assert_allclose(result, expected, rtol=1e-9)
-    assert fallbacks == 1
-    session.close()
-
-
-def test_a_very_indefinite_matrix_keeps_the_last_good_inverse():
-    _, update, session, _ = failing_factor(KINDS["inverse"])
-    good, _ = update(np.eye(2))
-    kept, fallbacks = update(np.diag([2.0, -5.0]))
-    np.testing.assert_array_equal(kept, good)
-    assert fallbacks == 1
-    session.close()
-
-
-def test_without_statistics_inverses_keep_their_values_and_nothing_is_counted():
-    factor, update, session, ops = failing_factor(KINDS["inverse"])
-    session.run(ops)
-    assert not session.run(factor.get_inv_vars()[0]).any()
-    update(np.eye(2))
-    session.run(factor._cov.reset())
-    session.run(ops)
-    value, fallbacks = session.run([factor.get_inv_vars()[0], factor.fallbacks])
-    np.testing.assert_allclose(value, np.eye(2) / 1.5)
-    assert fallbacks == 0
-    session.close()
-
-
-def test_statistics_that_are_all_zero_are_statistics():
-    # A dead layer's average is a zero matrix; its damped inverse is I / damping.
-    _, update, session, _ = failing_factor(KINDS["inverse"])
-    result, fallbacks = update(np.zeros((2, 2)))
-    np.testing.assert_allclose(result, 2 * np.eye(2))
-    assert fallbacks == 0
-    session.close()
 
 
 def test_inverse_updates_work_inside_the_branch_of_a_conditional():

@@ -239,8 +239,9 @@ class FisherFactor(abc.ABC):
           ema_decay: float or scalar tensor, multiplies the past.
           ema_weight: float or scalar tensor, multiplies the new second moment.
         """
+        average = self._average
         self._cov_tensor = self._compute_total_new_cov()
-        return self._cov.add_to_average(
+        return average.add_to_average(
             self._cov_tensor, decay=ema_decay, weight=ema_weight
         )
 
@@ -249,18 +250,23 @@ class FisherFactor(abc.ABC):
         """Device of a tower's data; None or "" if it has none."""
 
     @property
+    def _average(self) -> Any:
+        """The moving average, which must exist."""
+        if self._cov is None:
+            raise AttributeError(
+                f"{type(self).__name__} {self.name!r} has no covariance yet; call "
+                "instantiate_cov_variables() first."
+            )
+        return self._cov
+
+    @property
     def cov(self) -> tf.Tensor:
         """The running second moment, read afresh; zeros before the first update.
 
         Raises:
           AttributeError: `instantiate_cov_variables` has not been called.
         """
-        if self._cov is None:
-            raise AttributeError(
-                f"{type(self).__name__} {self.name!r} has no covariance yet; call "
-                "instantiate_cov_variables() first."
-            )
-        return self._cov.value
+        return self._average.value
 
     @property
     def fallbacks(self) -> tf.Variable | None:

@@ -122,13 +122,12 @@ class ConvInputSUAKroneckerFactor(base.FisherFactor):
 
     def make_covariance_update_op(self, ema_decay: Any, ema_weight: Any) -> Any:
         """Op that takes one step of the moving averages of Σ and of μ."""
+        average = self._average
         moment = self._compute_total_new_cov()
         new_cov, new_mu = moment[:-1, :-1], moment[:-1, -1:]
         if self._subtracts_mean:
             new_cov -= tf.matmul(new_mu, new_mu, transpose_b=True)
-        updates = [
-            self._cov.add_to_average(new_cov, decay=ema_decay, weight=ema_weight)
-        ]
+        updates = [average.add_to_average(new_cov, decay=ema_decay, weight=ema_weight)]
         if not self._zero_mean:
             updates.append(
                 self._mu.add_to_average(new_mu, decay=ema_decay, weight=ema_weight)
