@@ -122,6 +122,20 @@ def test_a_failed_finalisation_can_be_retried(dense):
     assert len(made.create_ops_and_vars_thunks()[0]) == 2
 
 
+def test_a_finalisation_that_failed_in_a_block_is_not_taken_for_a_complete_one(
+    dense, monkeypatch
+):
+    def fail(*args):
+        raise RuntimeError("no factors today")
+
+    monkeypatch.setattr(dense.collection.get_blocks()[0], "instantiate_factors", fail)
+    made = dense.estimator()
+    with pytest.raises(RuntimeError, match="today"):
+        made.create_ops_and_vars_thunks()
+    with pytest.raises(ValueError, match="finalised"):
+        made.create_ops_and_vars_thunks()
+
+
 def test_tensors_the_losses_do_not_depend_on_are_named(dense):
     x, free = dense.x, dense.outputs[1]
     beside = tf.matmul(x, free, name="beside")

@@ -298,8 +298,8 @@ class FisherEstimator(abc.ABC):
             # Nothing was changed: more can be registered, for another attempt.
             self._layers._finalized = False
             raise
+        self._instantiate_factors(backward_pass, part)
         self._sub_batch, self._backward = part, backward_pass
-        self._instantiate_factors()
 
     def _make_sub_batch(self) -> sub_batch.SubBatch | None:
         if self._cov_batch_fraction == 1:
@@ -308,11 +308,13 @@ class FisherEstimator(abc.ABC):
             self._layers, self._cov_batch_fraction, self._batch_size
         )
 
-    def _instantiate_factors(self) -> None:
-        grads_lists = self._backward.grads_lists()
+    def _instantiate_factors(
+        self, backward_pass: backward.BackwardPass, part: sub_batch.SubBatch | None
+    ) -> None:
+        grads_lists = backward_pass.grads_lists()
         for block, grads_list in zip(self.blocks, grads_lists, strict=True):
-            if self._sub_batch is not None:
-                block.use_sub_batch(self._sub_batch.deferred, self._sub_batch.count)
+            if part is not None:
+                block.use_sub_batch(part.deferred, part.count)
             block.instantiate_factors(grads_list, self._damping)
         for block in self.blocks:
             for exp in self._exps:
