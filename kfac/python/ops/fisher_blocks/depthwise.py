@@ -170,8 +170,10 @@ class DepthwiseConvDiagonalFB(_DepthwiseLayer, ConvDiagonalFB):
 class DepthwiseConvKFCBasicFB(_DepthwiseLayer, ConvKFCBasicFB):
     """Kronecker factors of the ordinary convolution that does the same.
 
-    A product embeds the vector in the ordinary filter, multiplies there and drops the
-    entries between channels.
+    A product is that of the vector embedded in the ordinary filter, without the
+    entries between channels; so powers are not those of the depthwise block itself,
+    and multiplying by power -1 does not undo multiplying by 1.  The factors have sides `kh kw c` and `c m`: inverting
+    them costs as much as for an ordinary convolution of that many channels.
     """
 
     approximation = "kron_depthwise"
@@ -216,13 +218,28 @@ class DepthwiseConvKFCBasicFB(_DepthwiseLayer, ConvKFCBasicFB):
         return tf.gather(tf.gather(super().full_fisher_block(), own), own, axis=1)
 
     def _multiply_factored_matrix(
-        self, left_factor: Any, right_factor: Any, vector: Vector, **options: Any
+        self,
+        left_factor: Any,
+        right_factor: Any,
+        vector: Vector,
+        extra_scale: float = 1.0,
+        transpose_left: bool = False,
+        transpose_right: bool = False,
     ) -> Vector:
-        return conv2d_filter_to_depthwise_conv2d_filter(
-            super()._multiply_factored_matrix(
-                left_factor,
-                right_factor,
-                depthwise_conv2d_filter_to_conv2d_filter(vector),
-                **options,
-            )
-        )
+        # Embedding the vector and multiplying matrices would cost `c` times as much.
+        height, width, channels, multiplier = self._depthwise_shape
+        offsets = height * width
+        left = _dense(left_factor, transpose_left)
+        right = _dense(right_factor, transpose_right)
+        left = tf.reshape(left, [offsets, channels, offsets, channels])
+        right = tf.reshape(right, [channels, multiplier, channels, multiplier])
+        embedded = tf.reshape(vector, [offsets, channels, multiplier])
+        # s: offset, c: channel, m: output of the channel; capitals are summed over.
+        product = tf.einsum("scSC,SCM->scCM", left, embedded)
+        product = tf.einsum("scCM,CMcm->scm", product, right)
+        return tf.reshape(extra_scale * product, vector.shape.as_list())
+
+
+def _dense(operator: Any, transpose: bool) -> tf.Tensor:
+    matrix = tf.convert_to_tensor(operator.to_dense())
+    return tf.linalg.matrix_transpose(matrix) if transpose else matrix

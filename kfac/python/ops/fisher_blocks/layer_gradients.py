@@ -18,12 +18,18 @@ def rows(data: Any, feature_rank: int = 1) -> tf.Tensor:
     """A tower's data with all but the last `feature_rank` axes folded into one.
 
     Args:
-      data: tensor, or list or tuple over uses of tensors.
+      data: tensor, or list or tuple of tensors, whose rows follow one another.
       feature_rank: 1 for features, 0 for integer ids.
     """
-    data = joined_uses(data)
-    features = data.shape.as_list()[data.shape.rank - feature_rank :]
-    return tf.reshape(data, [-1, *features])
+
+    def folded(part):
+        part = tf.convert_to_tensor(part)
+        features = part.shape.as_list()[part.shape.rank - feature_rank :]
+        return tf.reshape(part, [-1, *features])
+
+    if is_sequence(data):
+        return tf.concat([folded(part) for part in data], axis=0)
+    return folded(data)
 
 
 def joined_uses(data: Any) -> tf.Tensor:
