@@ -172,8 +172,9 @@ class DepthwiseConvKFCBasicFB(_DepthwiseLayer, ConvKFCBasicFB):
 
     A product is that of the vector embedded in the ordinary filter, without the
     entries between channels; so powers are not those of the depthwise block itself,
-    and multiplying by power -1 does not undo multiplying by 1.  The factors have sides `kh kw c` and `c m`: inverting
-    them costs as much as for an ordinary convolution of that many channels.
+    and multiplying by power -1 does not undo multiplying by 1.  The factors have sides
+    `kh kw c` and `c m`: inverting them costs as much as for an ordinary convolution of
+    that many channels.
     """
 
     approximation = "kron_depthwise"
