@@ -250,14 +250,15 @@ class FisherEstimator(abc.ABC):
         return tuple(factor.get_inv_vars() for factor in self.factors)
 
     def state_variables(self) -> list[tf.Variable]:
-        """All state: moving averages and their weights, inverses, counters."""
+        """All state, each once: moving averages and weights, inverses, counters."""
         found = []
         for factor in self.factors:
             found.extend(factor.cov_variables())
             found.extend(factor.inverse_variables())
             if factor.fallbacks is not None:
                 found.append(factor.fallbacks)
-        return found
+        # An average that an inverse update changes, too, is in both lists.
+        return list({id(variable): variable for variable in found}.values())
 
     def fallbacks(self) -> tf.Tensor:
         """Number of inverse updates, over all factors, that fell back so far.
