@@ -129,7 +129,17 @@ def _fully_connected(layer_collection, params, records, batch_size):
         )
     rank = 2 if dense_inputs else 1
     uses = [_uses_of(record, rank, batch_size) for record in records]
-    is_multi = len(records) > 1 or uses[0].count > 1 or _rank(records[0].inputs) > rank
+    split = any(_feature_axes(record) > 1 for record in records)
+    if split and any(use.count > 1 and not use.batch_major for use in uses):
+        raise UnsupportedLayerError(
+            params, "the cases are not the first axis of outputs with several features"
+        )
+    is_multi = (
+        len(records) > 1
+        or uses[0].count > 1
+        or _rank(records[0].inputs) > rank
+        or split
+    )
     options = {"dense_inputs": dense_inputs, "approx": None}
     if not dense_inputs and layer_collection._get_linked_approx(params) is None:
         # Exact, for the second moment of one-hot vectors is diagonal.
@@ -137,15 +147,15 @@ def _fully_connected(layer_collection, params, records, batch_size):
     data = _inputs_and_outputs(records)
     if not is_multi:
         return [Registration("register_fully_connected", (params, *data), options)]
-    if len(records) == 1:
-        options["num_uses"] = uses[0].count
-    elif any(use.count > 1 for use in uses):
-        raise UnsupportedLayerError(
-            params,
-            f"used {len(records)} times, on sequences with "
-            f"{[use.count for use in uses]} uses each",
-        )
-    if any(use.batch_major for use in uses):
+    if len(records) == 1 or split or any(use.count > 1 for use in uses):
+        if len(set(uses)) > 1 or len({_rank(record.outputs) for record in records}) > 1:
+            raise UnsupportedLayerError(
+                params,
+                f"used {len(records)} times, on sequences of different lengths "
+                f"({[use.count for use in uses]})",
+            )
+        options["num_uses"] = sum(use.count for use in uses)
+    if uses[0].batch_major or split:
         options["batch_major"] = True
     elif len(records) == 1:
         tf.get_logger().warning(
@@ -161,10 +171,18 @@ def _uses_of(record: MatchRecord, rank: int, batch_size: int | None) -> uses_lib
     features = None
     if record.data["dense_inputs"]:
         weights = ensure_sequence(record.params)[0]
-        outputs = tf.compat.dimension_value(record.outputs.shape[-1])
+        outputs = record.outputs.shape[-_feature_axes(record) :].num_elements()
         total = weights.shape.num_elements()
         features = total // outputs if total and outputs else None
+        if features is not None and rows is record.inputs:
+            # A dynamic reshape forgets what the product needs.
+            rows.set_shape([*rows.shape.as_list()[:-1], features])
     return uses_lib.uses_of_rows(rows, features, rank, batch_size)
+
+
+def _feature_axes(record: MatchRecord) -> int:
+    """Number of axes that the features of a dense layer's outputs have."""
+    return record.data.get("feature_axes", 1)
 
 
 def _conv2d(layer_collection, params, records, batch_size):

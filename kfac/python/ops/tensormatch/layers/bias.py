@@ -47,9 +47,16 @@ def _sum_with(term: Any) -> tuple:
 
 
 def find(
-    bindings: Mapping[str, Any], tensors_to_variables: Mapping[Any, Any]
+    bindings: Mapping[str, Any],
+    tensors_to_variables: Mapping[Any, Any],
+    feature_axes: int = 1,
 ) -> tuple[Any, bool]:
     """The bias of a match that binds `product`, and perhaps `bias_op` and `biases`.
+
+    Args:
+      bindings: of the match.
+      tensors_to_variables: see `records.record_affine_from_bindings`.
+      feature_axes: number of last axes of the product that are its features.
 
     Returns:
       The variable, None if there is no bias of interest; and whether it is the bias of
@@ -60,7 +67,7 @@ def find(
         return None, True
     sizes = view.sizes(bias)
     op = bindings["bias_op"]
-    features = tf.compat.dimension_value(bindings["product"].shape[-1])
+    features = bindings["product"].shape[-feature_axes:].num_elements()
     if view.is_transposed or sizes is None or features is None:
         return bias, False
     while sizes and sizes[0] == 1 and len(sizes) > 1:

@@ -109,22 +109,23 @@ def _record(
 ) -> MatchRecord | None:
     bindings = {"product": bindings["out"], **bindings}
     weights, view = parameters.find(bindings, "weights", tensors_to_variables)
-    biases, is_bias = bias.find(bindings, tensors_to_variables)
-    if weights is None and biases is None:
-        return None
     op = bindings["linear_op"]
-    if weights is None:
-        raise frozen_weights_error(biases, op)
-    if not is_bias:
-        return None
     text = attribute(op, "equation")
     weights_first = parameters.trace(op.inputs[0]) is not None
     equation = parse(text, weights_first)
-    if equation is None or view.is_transposed or len(equation.created) > 1:
+    feature_axes = 1 if equation is None else len(equation.created)
+    biases, is_bias = bias.find(bindings, tensors_to_variables, feature_axes)
+    if weights is None and biases is None:
+        return None
+    if not is_bias:
+        return None
+    if weights is None:
+        raise frozen_weights_error(biases, op)
+    if equation is None or view.is_transposed:
         raise UnsupportedLayerError(
             weights,
             f"the equation {text!r} of {op.name!r} is not inputs @ weights with "
-            f"{parameter_name(weights)!r} as a matrix and one axis of features",
+            f"{parameter_name(weights)!r} as a matrix",
         )
     direct = bias.is_added_directly(bindings)
     return MatchRecord(
@@ -135,6 +136,7 @@ def _record(
             "inputs": functools.partial(as_rows, equation, bindings["in"]),
             "outputs": bindings["out"] if direct else bindings["product"],
             "dense_inputs": True,
+            "feature_axes": feature_axes,
         },
     )
 

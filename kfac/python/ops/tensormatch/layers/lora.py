@@ -40,6 +40,7 @@ def _pattern() -> tuple:
         gp.output_of((gp.Mul, ("In", factor, low_rank))),
         gp.output_of((gp.Mul, ("In", low_rank, factor))),
     )
+    update = "?:choice", update, gp.output_of((gp.Cast, ("In", update)))
     base, add = parameters.Parameter("base"), gp.one_of("Add", "AddV2")
     weights = gp.output_of(
         ("?:choice", (add, ("In", base, update)), (add, ("In", update, base)))
@@ -108,8 +109,8 @@ def _low_rank_inputs(
     inputs: tf.Tensor, first: tf.Tensor, factor: tf.Tensor | None
 ) -> tf.Tensor:
     """What the update's second matrix acts on: `factor * inputs @ first`."""
-    product = tf.matmul(inputs, first)
-    return product if factor is None else factor * product
+    product = tf.matmul(inputs, tf.cast(first, inputs.dtype))
+    return product if factor is None else tf.cast(factor, inputs.dtype) * product
 
 
 LORA = LayerKind(_pattern(), frozenset(DENSE_TYPES + bias.ADDITIONS), _record)
