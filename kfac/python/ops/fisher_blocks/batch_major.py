@@ -20,39 +20,45 @@ from kfac.python.ops.fisher_blocks.base import is_sequence
 _rearranged: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 
-def rows(data: Any, num_uses: int) -> deferred.DeferredTensor:
+def rows(
+    data: Any, num_uses: int, features: int | None = None
+) -> deferred.DeferredTensor:
     """The data as `[batch * uses, features]`, in the order that costs nothing.
 
     Args:
       data: `[batch, <uses>, features]` or folded `[batch * uses, features]`; ids
         without the last axis; or a tuple of such tensors.
       num_uses: number of uses of all tensors together.
+      features: number of features, where they may have several axes (attention
+        heads); the size of the last axis by default.
     """
     del num_uses  # For the interface of `use_major`.
     parts = _parts(data)
-    first = parts[0]
-    features = _features(first)
-    sizes = [_num_rows(part, len(features)) for part in parts]
+    features = _features(parts[0], features)
+    sizes = [_num_rows(part, features) for part in parts]
     total = None if None in sizes else sum(sizes)
 
     def fold():
         folded = [tf.reshape(tf.convert_to_tensor(p), [-1, *features]) for p in parts]
         return folded[0] if len(folded) == 1 else tf.concat(folded, axis=0)
 
-    return _deferred(parts, ("rows",), fold, [total, *features])
+    return _deferred(parts, ("rows", *features), fold, [total, *features])
 
 
-def use_major(data: Any, num_uses: int) -> deferred.DeferredTensor:
+def use_major(
+    data: Any, num_uses: int, features: int | None = None
+) -> deferred.DeferredTensor:
     """The data as `[uses, batch, features]`; several tensors one after the other.
 
     Args:
       data: see `rows`.
       num_uses: number of uses of all tensors together.
+      features: see `rows`.
     """
     parts = _parts(data)
     uses = num_uses // len(parts)
-    features = _features(parts[0])
-    size = _num_rows(parts[0], len(features))
+    features = _features(parts[0], features)
+    size = _num_rows(parts[0], features)
     batch = None if size is None else size // uses
 
     def rearrange():
@@ -62,9 +68,8 @@ def use_major(data: Any, num_uses: int) -> deferred.DeferredTensor:
             moved.append(tf.transpose(part, [1, 0, *range(2, 2 + len(features))]))
         return moved[0] if len(moved) == 1 else tf.concat(moved, axis=0)
 
-    return _deferred(
-        parts, ("use-major", uses), rearrange, [num_uses, batch, *features]
-    )
+    how = ("use-major", uses, *features)
+    return _deferred(parts, how, rearrange, [num_uses, batch, *features])
 
 
 def _deferred(
@@ -91,13 +96,13 @@ def _parts(data: Any) -> tuple[Any, ...]:
     return tuple(data) if is_sequence(data) else (data,)
 
 
-def _features(tensor: Any) -> list[int | None]:
-    """The feature axis, if there is one: ids have none."""
+def _features(tensor: Any, features: int | None) -> list[int]:
+    """Shape of a row: no axis for ids, otherwise one."""
     if getattr(tensor, "one_hot_depth", None) is not None:
         return []
-    return tensor.shape.as_list()[-1:]
+    return [features or tf.compat.dimension_value(tensor.shape[-1])]
 
 
-def _num_rows(tensor: Any, feature_rank: int) -> int | None:
-    leading = tensor.shape.as_list()[: tensor.shape.rank - feature_rank]
-    return None if None in leading else math.prod(leading)
+def _num_rows(tensor: Any, features: list[int]) -> int | None:
+    total = tensor.shape.num_elements()
+    return None if total is None else total // math.prod(features)

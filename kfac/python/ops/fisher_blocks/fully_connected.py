@@ -39,12 +39,11 @@ class DenseGradients:
 
     def rebuild_gradient(self, source_grads: Any) -> Any:
         """Sum over towers, uses and cases of input times output gradient."""
-        towers = zip(self._mapped_inputs(), source_grads, strict=True)
         return self._shaped_like_params(
             layer_gradients.sum_over_towers(
                 [
                     layer_gradients.dense_layer(inputs, grads, self._has_bias)
-                    for inputs, grads in towers
+                    for inputs, grads in self._inputs_and_grads(source_grads)
                 ]
             )
         )

@@ -84,6 +84,10 @@ class InputOutputMultiTower:
             )
         return inputs, tuple(grads_list)
 
+    def _inputs_and_grads(self, source_grads: Sequence[Any]) -> list[tuple[Any, Any]]:
+        """Over towers, of the sub-batch if there is one."""
+        return list(zip(self._mapped_inputs(), source_grads, strict=True))
+
     def _mapped_inputs(self) -> list[Any]:
         """Inputs over towers, of the sub-batch if there is one."""
         return [
@@ -117,15 +121,21 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
         """
         self._num_uses = num_uses
         self._batch_major = False
+        self._output_features: int | None = None
         super().__init__(*args, **kwargs)
 
-    def use_batch_major_data(self) -> None:
+    def use_batch_major_data(self, output_features: int | None = None) -> None:
         """Takes tensors with the cases first: `[batch, <uses>, n]`, or those folded.
 
         A tower's data is then one such tensor, or a tuple of them if the layer is
         applied to several sequences; `num_uses` counts the uses of all together.
+
+        Args:
+          output_features: number of features of the outputs, where they may have
+            several axes; the size of the last axis by default.
         """
         self._batch_major = True
+        self._output_features = output_features
 
     def _process_data(self, grads_list: Sequence[Any]) -> tuple[tuple, tuple]:
         """`(inputs, grads_list)` for the factors; sets `_num_uses`.
@@ -136,7 +146,8 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
         """
         inputs = tuple(self._mapped_inputs())
         if self._batch_major:
-            return self._rearranged(inputs), tuple(map(self._rearranged, grads_list))
+            grads = (self._rearranged(g, self._output_features) for g in grads_list)
+            return self._rearranged(inputs), tuple(grads)
         if is_sequence(inputs[0]):
             self._set_num_uses("inputs", inputs)
             inputs = _partition_uses(inputs)
@@ -154,11 +165,22 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
             )
         return inputs, grads_list
 
-    def _rearranged(self, towers: Sequence[Any]) -> tuple[Any, ...]:
+    def _rearranged(
+        self, towers: Sequence[Any], features: int | None = None
+    ) -> tuple[Any, ...]:
+        """Batch-major data over towers, as the factors want it."""
         rearrange = (
             batch_major.use_major if self._needs_order_of_uses else batch_major.rows
         )
-        return tuple(rearrange(tower, self._num_uses) for tower in towers)
+        return tuple(rearrange(tower, self._num_uses, features) for tower in towers)
+
+    def _inputs_and_grads(self, source_grads: Sequence[Any]) -> list[tuple[Any, Any]]:
+        pairs = super()._inputs_and_grads(source_grads)
+        if not self._batch_major:
+            return pairs
+        inputs, grads = zip(*pairs, strict=True)
+        grads = self._rearranged(grads, self._output_features)
+        return list(zip(self._rearranged(inputs), grads, strict=True))
 
     def _set_num_uses(self, side: str, towers: Sequence[Sequence[Any]]) -> None:
         counts = [len(tower) for tower in towers]

@@ -125,7 +125,10 @@ def number_of_uses(inputs: Any, outputs: Any, num_uses: int | None) -> int | Non
 
 
 def weights_and_bias(
-    key: Any, is_legal_rank: Callable[[int], bool], layout: str
+    key: Any,
+    is_legal_rank: Callable[[int], bool],
+    layout: str,
+    output_axes: int = 1,
 ) -> Sizes | None:
     """Checks the weights' rank and the bias's size.
 
@@ -133,6 +136,7 @@ def weights_and_bias(
       key: weights, or `(weights, bias)`.
       is_legal_rank: whether weights may have a rank.
       layout: the expected layout of the weights, for messages.
+      output_axes: number of last axes of the weights that belong to the outputs.
 
     Returns:
       The weights' static sizes, None if there is nothing to compare with (unknown
@@ -148,13 +152,14 @@ def weights_and_bias(
             f"{layout}."
         )
     if len(group) == 2:
-        bias = static_sizes(group[1])
-        if bias is not None and None not in bias and sizes[-1] is not None:
-            if math.prod(bias) != sizes[-1]:
+        bias, last = static_sizes(group[1]), sizes[-output_axes:]
+        if bias is not None and None not in bias and None not in last:
+            if math.prod(bias) != math.prod(last):
                 raise errors.ArgumentError(
                     f"The bias {parameter_name(group[1])!r} has shape {bias}; the "
                     f"weights {parameter_name(group[0])!r} of shape {sizes} need "
-                    f"{sizes[-1]} entries. params is (weights, bias), in this order."
+                    f"{math.prod(last)} entries. params is (weights, bias), in this "
+                    "order."
                 )
     return sizes
 

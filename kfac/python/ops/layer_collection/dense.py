@@ -37,11 +37,13 @@ class DenseLayers(LayerRegistry):
 
         Args:
           params: weights `[d_in, d_out]`, or `(weights, bias)` with a bias `[d_out]`.
+            Either side may have several axes, as in attention layers.
           inputs: `[batch, d_in]`; integer ids `[batch]` if not `dense_inputs`.
           outputs: `[batch, d_out]`, before any nonlinearity.
-          approx: "kron", "kron_in_diag", "kron_out_diag", "kron_both_diag" or
-            "diagonal"; None for the linked one, or the family's default (for ids the
-            variant of it with a diagonal input factor, which is exact for them).
+          approx: "kron", "kron_in_diag", "kron_out_diag", "kron_both_diag",
+            "diagonal", "ekfac" or "ekfac_product"; None for the linked one, or the
+            family's default (for ids the variant of it with a diagonal input factor,
+            which is exact for them).
           dense_inputs: False if `inputs` holds ids, the rows of the weights looked up.
           reuse: True adds a tower to the layer, see `reuse.is_another_tower`.
 
@@ -52,9 +54,9 @@ class DenseLayers(LayerRegistry):
         make_block = self._dense_block_type(
             "fully_connected", key, approx, dense_inputs
         )
-        sizes = _matrix_sizes(key)
         checks.single_tensor(inputs, "inputs", "register_fully_connected_multi")
         checks.single_tensor(outputs, "outputs", "register_fully_connected_multi")
+        sizes = _matrix_sizes(key, inputs, outputs, dense_inputs)
         if sizes is not None:
             _check_input(inputs, sizes[0], dense_inputs, multi=False)
             checks.rank_and_last_axis(
@@ -77,6 +79,7 @@ class DenseLayers(LayerRegistry):
         approx: str | None = None,
         dense_inputs: bool = True,
         reuse: Any = VARIABLE_SCOPE,
+        batch_major: bool = False,
     ) -> None:
         """Registers a dense layer, or an embedding, used several times per case.
 
@@ -88,10 +91,15 @@ class DenseLayers(LayerRegistry):
           outputs: likewise with `d_out`; a list of equal length if `inputs` is a list.
           num_uses: number of uses; needed if both `inputs` and `outputs` are tensors.
           approx: "kron_indep", "kron_indep_in_diag", "kron_indep_out_diag",
-            "kron_indep_both_diag", "kron_series_1", "kron_series_2" or "kron_reduce";
-            None as in `register_fully_connected`.
+            "kron_indep_both_diag", "kron_series_1", "kron_series_2", "kron_reduce",
+            "ekfac" or "ekfac_product"; None as in `register_fully_connected`.
           dense_inputs: False if `inputs` holds ids.
           reuse: True adds a tower to the layer, see `reuse.is_another_tower`.
+          batch_major: the cases come first: `[batch, <uses>, d_in]`, with any number
+            of axes of uses, or those axes folded, case by case; the outputs' features
+            may have several axes. A list of such tensors is several applications of
+            the layer to sequences; `num_uses`, which is needed, counts the uses of all
+            of them.
 
         Raises:
           ArgumentError: parameters, shapes, approximation or reuse do not fit.
@@ -100,11 +108,21 @@ class DenseLayers(LayerRegistry):
         make_block = self._dense_block_type(
             "fully_connected_multi", key, approx, dense_inputs
         )
-        sizes = _matrix_sizes(key)
-        num_uses = checks.number_of_uses(inputs, outputs, num_uses)
-        if sizes is not None:
-            _check_uses(inputs, outputs, num_uses, sizes, dense_inputs)
+        counted = checks.number_of_uses(
+            inputs, outputs, None if batch_major else num_uses
+        )
+        sizes = _matrix_sizes(
+            key, as_tuple(inputs)[0], as_tuple(outputs)[0], dense_inputs
+        )
+        if batch_major:
+            _check_batch_major(inputs, outputs, num_uses, sizes, dense_inputs)
+        else:
+            num_uses = counted
+            if sizes is not None:
+                _check_uses(inputs, outputs, num_uses, sizes, dense_inputs)
         block = make_block(self, has_bias=isinstance(key, tuple), num_uses=num_uses)
+        if batch_major:
+            block.use_batch_major_data(output_features=sizes and sizes[1])
         plan = self._plan(key, block, reuse)
         self._check_same_kind_of_inputs(plan, dense_inputs)
         inputs, outputs = as_key(inputs), as_key(outputs)
@@ -181,13 +199,61 @@ class DenseLayers(LayerRegistry):
         return self._wrapped_ids[key]
 
 
-def _matrix_sizes(key: Any) -> checks.Sizes | None:
-    """`[d_in, d_out]`; all but the last axis of the weights belong to the input."""
-    sizes = checks.weights_and_bias(key, lambda rank: rank >= 2, "[d_in, d_out]")
+def _matrix_sizes(
+    key: Any, inputs: Any, outputs: Any, dense: bool
+) -> checks.Sizes | None:
+    """`[d_in, d_out]`: the last axis of the weights belongs to the output.
+
+    So do further ones, if the leading ones make up the last axis of the inputs.
+    """
+    shape = checks.static_sizes(as_tuple(key)[0])
+    data = checks.static_sizes(inputs) if dense else None
+    axes = 1
+    if shape and data and None not in shape:
+        splits = range(1, len(shape))
+        axes = next((n for n in splits if math.prod(shape[:-n]) == data[-1]), 1)
+    sizes = checks.weights_and_bias(
+        key, lambda rank: rank >= 2, "[d_in, d_out]", output_axes=axes
+    )
     if sizes is None:
         return None
-    leading = sizes[:-1]
-    return [None if None in leading else math.prod(leading), sizes[-1]]
+    sides = sizes[:-axes], sizes[-axes:]
+    return [None if None in side else math.prod(side) for side in sides]
+
+
+def _check_batch_major(
+    inputs: Any,
+    outputs: Any,
+    num_uses: int | None,
+    sizes: checks.Sizes | None,
+    dense: bool,
+) -> None:
+    """Checks data of sequences, cases first."""
+    inputs, outputs = as_tuple(inputs), as_tuple(outputs)
+    if num_uses is None or len(inputs) != len(outputs) or num_uses % len(inputs):
+        raise errors.ArgumentError(
+            f"With batch_major=True inputs and outputs are tensors, or lists of equal "
+            f"length that num_uses divides into; got {len(inputs)} inputs, "
+            f"{len(outputs)} outputs and num_uses={num_uses}."
+        )
+    for tensor in inputs:
+        checks.single_tensor(tensor, "a member of inputs", "")
+        if dense and sizes is not None:
+            layout = "[batch, <uses>, d_in] or [batch * uses, d_in]"
+            legal = range(2, 2 + len(tensor.shape))
+            checks.rank_and_last_axis(tensor, legal, sizes[0], "inputs", layout)
+    for tensor in outputs:
+        checks.single_tensor(tensor, "a member of outputs", "")
+        shape = checks.static_sizes(tensor)
+        if shape is None or sizes is None or None in (*shape[1:], sizes[1]):
+            continue
+        features = [math.prod(shape[-n:]) for n in range(1, len(shape))]
+        if sizes[1] not in features:
+            raise errors.ArgumentError(
+                f"The layer's outputs {checks.tensor_name(tensor)!r} have shape "
+                f"{shape}; expected [batch, <uses>, d_out] or [batch * uses, d_out] "
+                f"with d_out = {sizes[1]} in one axis or several."
+            )
 
 
 def _check_input(inputs: Any, d_in: int | None, dense: bool, multi: bool) -> None:
