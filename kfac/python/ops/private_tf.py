@@ -27,11 +27,24 @@ def add_optimizer_slot(
 
     Reason: a v1 optimizer makes its slots itself, by `tf.compat.v1.get_variable`; ours
     must outlive a function's trace and hence come from the `state` module, and yet be
-    found by everything that knows optimizers (`get_slot`, `variables`, wrappers).
+    found by everything that knows optimizers (`get_slot`, `variables`, checkpoints,
+    wrappers).
     """
     from tensorflow.python.training import optimizer as tf_optimizer
 
+    optimizer._restore_slot_variable(name, variable, slot)
     optimizer._slot_dict(name)[tf_optimizer._var_key(variable)] = slot
+
+
+def set_learning_rate_tensor(
+    optimizer: tf.compat.v1.train.GradientDescentOptimizer, rate: tf.Tensor
+) -> None:
+    """Sets what the optimizer is about to multiply gradients with.
+
+    Reason: it converts a Python number to float32 first, which costs a float64 model
+    half of its digits.
+    """
+    optimizer._learning_rate_tensor = rate
 
 
 def gradient_function(name: str) -> Any:

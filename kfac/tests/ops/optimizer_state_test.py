@@ -61,6 +61,22 @@ def test_a_session_continues_from_a_saver_bit_for_bit(tmp_path):
         assert_identical(session.run(variables), expected)
 
 
+def test_object_checkpoints_of_the_optimizer_hold_the_velocities(tmp_path):
+    with tf.Graph().as_default(), tf1.Session() as session:
+        model = optimizer_cases.Model()
+        opt = optimizer_cases.make_optimizer(model, learning_rate=0.1)
+        train_op = opt.minimize(model.loss)
+        session.run(tf1.global_variables_initializer())
+        session.run(train_op)
+        checkpoint = tf1.train.Checkpoint(opt=opt, w1=model.variables[0])
+        path = checkpoint.write(str(tmp_path / "checkpoint"), session=session)
+        slot = opt.get_slot(model.variables[0], "velocity")
+        saved = session.run(slot)
+        session.run(slot.assign(tf.zeros_like(slot)))
+        checkpoint.read(path).run_restore_ops(session)
+        np.testing.assert_array_equal(session.run(slot), saved)
+
+
 class TrainStep:
     """A `tf.function` that trains on the batch it is given, and its state."""
 

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kfac.python.ops import config
+from kfac.python.ops import config, layer_collection
+from kfac.python.ops.kfac_utils import periodic_inv_cov_update_kfac_opt as periodic
 from kfac.tests import graph_kinds
 from kfac.tests.ops import kfac_oracle, optimizer_cases
+
+tf1 = tf.compat.v1
 
 # Rounding after a few steps of a well-conditioned problem; float32 solves with
 # damping 0.02 lose two of their seven digits.
@@ -128,7 +131,7 @@ def test_the_first_quadratic_model_step_minimizes_the_true_model_along_it():
     assert oracle.model_rate > 0
 
 
-@pytest.mark.parametrize("kind", [graph_kinds.V1_ON, graph_kinds.COND])
+@pytest.mark.parametrize("kind", [graph_kinds.V1_ON, graph_kinds.COND, graph_kinds.XLA])
 def test_every_graph_kind_takes_the_same_steps(kind):
     training = Training(kind, {**QMODEL, **ADAPT, "cov_update_every": 2})
     training.check_step()
@@ -197,8 +200,6 @@ def test_parts_of_the_batch_serve_statistics_and_quadratic_model(dtype):
 
 def test_a_one_parameter_model_never_gets_an_arbitrary_momentum():
     def build():
-        from kfac.python.ops import layer_collection
-
         w = graph_kinds.variable([[2.0]], "w", "float32")
         x = tf.constant([[1.0], [2.0]])
         y = tf.matmul(x, w)
@@ -206,7 +207,7 @@ def test_a_one_parameter_model_never_gets_an_arbitrary_momentum():
         layers.register_fully_connected(w, x, y)
         layers.register_squared_error_loss(y, targets=tf.zeros_like(y))
         model_loss = tf.reduce_mean(tf.square(y))
-        opt = optimizer_cases.periodic.PeriodicInvCovUpdateKfacOpt(
+        opt = periodic.PeriodicInvCovUpdateKfacOpt(
             damping=1e-6,
             layer_collection=layers,
             estimation_mode="exact",
@@ -224,3 +225,91 @@ def test_a_one_parameter_model_never_gets_an_arbitrary_momentum():
         assert np.isfinite(w).all()
     # The loss is quadratic: one exact step already reaches the minimum, up to damping.
     assert abs(w[0, 0]) < 1e-3
+
+
+def test_variables_given_as_scalars_are_read_at_every_step():
+    params, batch = kfac_oracle.problem()
+    with tf.Graph().as_default(), tf1.Session() as session:
+        model = optimizer_cases.Model()
+        rate, damping, momentum = scalars = [
+            tf1.get_variable(name, initializer=np.float64(0.1), trainable=False)
+            for name in ("rate", "damping", "momentum")
+        ]
+        opt = optimizer_cases.make_optimizer(
+            model,
+            learning_rate=rate,
+            damping=damping,
+            momentum=momentum,
+            precon_damping_mult=2.0,
+            momentum_type="regular",
+            norm_constraint=tf.constant(0.01),
+        )
+        train_op = opt.minimize(model.loss)
+        oracle = kfac_oracle.Oracle(
+            params,
+            batch,
+            0.1,
+            0.1,
+            momentum_type="regular",
+            precon_damping_mult=2.0,
+            norm_constraint=0.01,
+        )
+        session.run(tf1.global_variables_initializer())
+        for value in (0.1, 0.3, 0.02):
+            for scalar in scalars:
+                session.run(scalar.assign(value))
+            oracle.eta = oracle.damping = oracle.momentum = value
+            oracle.step()
+            session.run(train_op)
+            optimizer_cases.assert_state(
+                session.run(optimizer_cases.state_of(model, opt)),
+                optimizer_cases.expected_state(oracle),
+                # The constraint is a float32 tensor.
+                rtol=1e-7,
+                atol=1e-8,
+            )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ADAM, {**REGULAR, "norm_constraint": 0.5}, QMODEL],
+    ids=["adam", "regular", "qmodel"],
+)
+def test_embeddings_with_sparse_gradients_are_trained(options):
+    def build():
+        rng = np.random.default_rng(0)
+        table = graph_kinds.variable(rng.normal(size=(5, 3)), "table")
+        w = graph_kinds.variable(rng.normal(size=(3, 2)), "w")
+        ids, labels = tf.constant([0, 2, 2, 4]), tf.constant([0, 1, 1, 0])
+        rows = tf.gather(table, ids)
+        hidden = tf.tanh(rows)
+        logits = tf.matmul(hidden, w)
+        layers = layer_collection.LayerCollection()
+        layers.register_fully_connected(
+            table, ids, rows, dense_inputs=False, approx="kron_in_diag"
+        )
+        layers.register_fully_connected(w, hidden, logits)
+        layers.register_softmax_cross_entropy_loss(logits, targets=labels)
+        loss = tf.reduce_mean(
+            tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+        )
+        opt = periodic.PeriodicInvCovUpdateKfacOpt(
+            damping=0.1,
+            layer_collection=layers,
+            estimation_mode="exact",
+            batch_size=4,
+            dtype="float64",
+            adapt_damping=True,
+            damping_adaptation_interval=1,
+            loss_fn=lambda _: loss,
+            train_batch="unused",
+            **options,
+        )
+        assert isinstance(opt.compute_gradients(loss)[0][0], tf.IndexedSlices)
+        opt.minimize(loss)
+        return opt.step_metrics()
+
+    run = graph_kinds.Run(FUNCTION, build)
+    losses = [run()["loss"] for _ in range(4)]
+    assert losses == sorted(losses, reverse=True)
+    assert np.isfinite(run()["qmodel_change"])

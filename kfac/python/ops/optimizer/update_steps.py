@@ -157,8 +157,9 @@ class UpdateStepsMixin:
     def _prepare(self) -> None:
         """Called by the base class before it applies a step."""
         super()._prepare()
-        # A number would pass through float32 on its way to a float64 model.
-        self._learning_rate_tensor = scalars.cast(self._learning_rate, tf.float64)
+        private_tf.set_learning_rate_tensor(
+            self, scalars.cast(self._learning_rate, tf.float64)
+        )
 
     def _get_or_make_velocities(self, variables: Sequence[Any]) -> list[Any]:
         return [

@@ -213,8 +213,8 @@ def adam_change(
 ) -> tf.Tensor:
     """Predicted change of the step `-learning_rate r` with `r = kappa P v`.
 
-    Uses `P^-1 r = kappa v`, so no curvature product is needed; the preconditioner's
-    own damping is included.
+    Uses `P^-1 r = kappa v`, so no curvature product is needed.  The curvature is the
+    preconditioner's: as old as the last inverse update, and with its damping.
 
     Args:
       velocity_product: `<r, v>`.
