@@ -22,7 +22,7 @@ class Batch:
 
     def head(self, count: tf.Tensor | int) -> Batch:
         """The first `count` cases."""
-        first = lambda t: t[:count]
+        first = lambda t: None if t is None else t[:count]
         return Batch(*(tf.nest.map_structure(first, part) for part in self.parts()))
 
     def parts(self) -> tuple:
