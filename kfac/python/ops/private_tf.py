@@ -56,3 +56,19 @@ def gradient_function(name: str) -> Any:
     from tensorflow.python.framework import ops
 
     return ops.gradient_registry.lookup(name)
+
+
+def exclude_from_autograph(package: str) -> None:
+    """Tells AutoGraph not to convert the functions of a package.
+
+    Reason: in a user's `tf.function` every function of this library that it reaches,
+    hundreds of them, would be parsed and converted although none needs it; tracing
+    then takes four times as long.  The public decorator works on single functions.
+    If a TensorFlow release moves the rules, tracing is slower and nothing else.
+    """
+    try:
+        from tensorflow.python.autograph.core import config, config_lib
+    except ImportError:
+        return
+    rule = config_lib.DoNotConvert(package)
+    config.CONVERSION_RULES = (rule, *config.CONVERSION_RULES)
