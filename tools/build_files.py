@@ -23,8 +23,12 @@ licenses(["notice"])
 
 def packages() -> list[pathlib.Path]:
     """Folders with Python modules, relative to the repository's root."""
-    found = {path.parent.relative_to(ROOT) for path in (ROOT / "kfac").rglob("*.py")}
-    return sorted(found)
+    modules = (
+        path
+        for top in ("kfac", "benchmarks", "tools")
+        for path in ROOT.glob(f"{top}/**/*.py")
+    )
+    return sorted({path.parent.relative_to(ROOT) for path in modules})
 
 
 def build_file(package: pathlib.Path) -> str:
