@@ -19,6 +19,7 @@ from kfac.python.ops.layer_collection.parameters_dict import (
     IdentityDict,
     as_tuple,
     identity,
+    same_variables,
 )
 from kfac.python.ops.tensormatch import (
     graph_matcher,
@@ -36,6 +37,7 @@ from kfac.python.ops.tensormatch.filters import (
     filter_user_registered_records,
 )
 from kfac.python.ops.tensormatch.records import (
+    GATHER_TYPES,
     AmbiguousRegistrationError,
     MatchRecord,
     RecordType,
@@ -70,13 +72,31 @@ __all__ = [
 
 tf1 = tf.compat.v1
 
-# The patterns that are tried on every output, each giving a record of its own.
-_BASIC_PATTERNS = (
-    (graph_patterns.Affine, record_affine_from_bindings),
-    (graph_patterns.ScaleAndShift, record_scale_and_shift_from_bindings),
-    (graph_patterns.BatchNorm, record_batch_norm_from_bindings),
-    (graph_patterns.FusedBatchNormOutput, record_batch_norm_from_bindings),
-    (graph_patterns.Embed, record_affine_from_bindings),
+_ADDITIONS = ("Add", "AddV2")
+
+# The patterns that are all tried on an output, each giving a record of its own.
+_BASIC_KINDS = (
+    layers.LayerKind(
+        graph_patterns.Affine,
+        frozenset((*_ADDITIONS, "BiasAdd", "Conv2D", "MatMul", "BatchMatMulV2")),
+        record_affine_from_bindings,
+    ),
+    layers.LayerKind(
+        graph_patterns.ScaleAndShift,
+        frozenset((*_ADDITIONS, "Mul")),
+        record_scale_and_shift_from_bindings,
+    ),
+    layers.LayerKind(
+        graph_patterns.BatchNorm, frozenset(("AddV2",)), record_batch_norm_from_bindings
+    ),
+    layers.LayerKind(
+        graph_patterns.FusedBatchNormOutput,
+        frozenset(f"FusedBatchNorm{version}" for version in ("", "V2", "V3")),
+        record_batch_norm_from_bindings,
+    ),
+    layers.LayerKind(
+        graph_patterns.Embed, frozenset(GATHER_TYPES), record_affine_from_bindings
+    ),
 )
 
 
@@ -195,55 +215,59 @@ def _find_records(
     graph: tf.Graph, subgraph: Any, tensors_to_variables: Mapping[Any, Any]
 ) -> Iterator[MatchRecord]:
     """Records of all matches, in the order in which the graph was constructed."""
-    basic, further = _matchers()
     graphs = reversed(tuple(subgraph_lib.enclosing_graphs(graph)))
     operations = [op for each in graphs for op in each.get_operations()]
     for op in operations:
         if graph_util.is_identity(op):
             continue
         for output in filter(subgraph.is_member, op.outputs):
-            records = list(_records(output, basic, tensors_to_variables))
-            for kind, match in further:
-                if not records and op.type in kind.root_types:
-                    pair = match, kind.record
-                    records = list(_records(output, [pair], tensors_to_variables))
-            yield from records
+            found = False
+            for kind, match in _matchers(_BASIC_KINDS, op.type):
+                for record in _records(output, kind, match, tensors_to_variables):
+                    found = True
+                    yield record
+            for kind, match in () if found else _matchers(layers.KINDS, op.type):
+                records = list(_records(output, kind, match, tensors_to_variables))
+                yield from records
+                if records:
+                    break
 
 
 @functools.cache
-def _matchers() -> tuple[list[tuple], list[tuple]]:
-    compiled = graph_matcher.matcher_with_consumed
-    return (
-        [(compiled(pattern), record) for pattern, record in _BASIC_PATTERNS],
-        [(kind, compiled(kind.pattern)) for kind in layers.KINDS],
-    )
+def _matchers(kinds: tuple[layers.LayerKind, ...], op_type: str) -> list[tuple]:
+    """Kinds of layers whose output can come from an operation, and their matchers."""
+    return [(kind, _matcher(kind)) for kind in kinds if op_type in kind.root_types]
+
+
+@functools.cache
+def _matcher(kind: layers.LayerKind) -> Callable:
+    return graph_matcher.matcher_with_consumed(kind.pattern)
 
 
 def _records(
     output: tf.Tensor,
-    matchers: Sequence[tuple[Callable, Callable]],
+    kind: layers.LayerKind,
+    match: Callable,
     tensors_to_variables: Mapping[Any, Any],
 ) -> Iterator[MatchRecord]:
-    """Records of an output; of kind `unsupported` where something speaks against."""
-    for match, make_records in matchers:
-        result = match(output)
-        if not result:
+    """Records of an output; of type `unsupported` where something speaks against."""
+    result = match(output)
+    if not result:
+        return
+    bindings, consumed = result
+    try:
+        made = kind.record(bindings, consumed, tensors_to_variables)
+    except UnsupportedLayerError as error:
+        yield _unsupported(error.params, consumed, str(error))
+        return
+    for record in made if isinstance(made, list) else [made]:
+        if record is None:
             continue
-        bindings, consumed = result
-        try:
-            made = make_records(bindings, consumed, tensors_to_variables)
-        except UnsupportedLayerError as error:
-            yield _unsupported(error.params, consumed, str(error))
-            continue
-        for record in made if isinstance(made, list) else [made]:
-            if record is None:
-                continue
-            reason = screening.reason_against(record, bindings, tensors_to_variables)
-            if reason is None:
-                yield record
-            else:
-                weights = ensure_sequence(record.params)[0]
-                yield _unsupported(weights, consumed, reason)
+        reason = screening.reason_against(record, bindings, tensors_to_variables)
+        if reason is None:
+            yield record
+        else:
+            yield _unsupported(ensure_sequence(record.params)[0], consumed, reason)
 
 
 def _unsupported(params: Any, consumed: Any, reason: str) -> MatchRecord:
@@ -301,13 +325,19 @@ def _reason_for_generic(
         return str(error)
     except ValueError:
         return None  # `register_records` reports it together with all others.
-    if batch_size is None:
+    if batch_size is None or _is_linked(layer_collection, params):
         return None
     for variable in as_tuple(params):
         uses = subgraph.variable_uses(variable)
         if uses > len(records):
             return _partly_recognised(layer_collection, variable, records, subgraph)
     return None
+
+
+def _is_linked(layer_collection: Any, params: Any) -> bool:
+    """Whether the user said that these parameters are one layer."""
+    linked = layer_collection.linked_parameters
+    return any(same_variables(group, as_tuple(params)) for group in linked)
 
 
 def _partly_recognised(

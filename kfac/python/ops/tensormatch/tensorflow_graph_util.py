@@ -150,7 +150,7 @@ def import_ops_no_clobber(
 
 def _producer(node: Any) -> tf.Operation | None:
     """The operation that made a symbolic tensor; None for everything else."""
-    if isinstance(node, tf.Tensor) and not hasattr(node, "numpy"):
+    if isinstance(node, tf.Tensor) and hasattr(node, "graph"):
         return node.op
     return None
 

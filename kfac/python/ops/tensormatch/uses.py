@@ -2,8 +2,8 @@
 
 Where a layer has more than one leading axis (sequence positions, attention heads), or
 had before its input was reshaped to rows, all but the batch's are uses.  Which one is
-the batch is told by the batch size, otherwise by being the only one of unknown size;
-without evidence the order of registrations, `[uses, batch, ...]`, is taken.
+the batch is told by being the only one of unknown size, or by the batch size; without
+evidence the order of registrations, `[uses, batch, ...]`, is taken.
 """
 
 from __future__ import annotations
@@ -105,13 +105,16 @@ def _uses_of_axes(
 
 
 def _batch_axis(axes: Sequence[int | None], batch_size: int | None) -> int | None:
-    """Index of the batch among leading axes; None if nothing tells."""
-    if batch_size is not None:
-        equal = [index for index, size in enumerate(axes) if size == batch_size]
-        if equal:
-            return equal[0] if len(equal) == 1 else None
+    """Index of the batch among leading axes; None if nothing tells.
+
+    The only unknown size is the batch's even if a known one equals the batch size:
+    otherwise the number of uses would be unknown.
+    """
     unknown = [index for index, size in enumerate(axes) if size is None]
-    return unknown[0] if len(unknown) == 1 else None
+    if len(unknown) == 1:
+        return unknown[0]
+    equal = [index for index, size in enumerate(axes) if size == batch_size]
+    return equal[0] if batch_size is not None and len(equal) == 1 else None
 
 
 def _unfolded(

@@ -13,7 +13,7 @@ RecordFunction = Callable[
 ]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LayerKind:
     """A pattern and what a match of it means.
 

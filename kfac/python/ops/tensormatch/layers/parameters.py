@@ -107,9 +107,10 @@ def feeds_only(tensor: tf.Tensor, op: tf.Operation) -> bool:
 
 
 def is_made_of_parameters(tensor: Any, tensors_to_variables: Mapping[Any, Any]) -> bool:
-    """Whether `tensor` is computed from variables of interest and constants alone.
+    """Whether `tensor` is computed from variables of interest and numbers alone.
 
-    Such a tensor is no layer's input, for it does not depend on the data.
+    Such a tensor is no layer's input, for it has no cases.  Constants that are not
+    scalars may be a batch, and whatever depends on a shape may depend on its size.
     """
     seen: dict[int, Any] = {}
     stack, found = [graph_util.reduce_identity_ops(tensor)], False
@@ -120,9 +121,19 @@ def is_made_of_parameters(tensor: Any, tensors_to_variables: Mapping[Any, Any]) 
         seen[id(node)] = node
         if tensors_to_variables.get(node) is not None:
             found = True
-        elif graph_util.is_placeholder(node) or node.op.op_def.is_stateful:
+        elif graph_util.is_const(node):
+            if node.shape.rank != 0:
+                return False
+        elif (
+            graph_util.is_placeholder(node)
+            or not node.op.inputs
+            or node.op.type in SHAPE_QUERIES
+            or node.op.op_def.is_stateful
+        ):
             return False
-        elif node.op.type not in SHAPE_QUERIES:
+        elif node.op.type in _SHAPE_TYPES or node.op.type == _TRANSPOSE:
+            stack.append(graph_util.expand_inputs(node.op)[0])
+        else:
             # Depth first along the first inputs, where the data usually come from.
             stack.extend(reversed(graph_util.expand_inputs(node.op)))
     return found
