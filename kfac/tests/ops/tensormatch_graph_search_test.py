@@ -429,6 +429,12 @@ class TestLeftOvers:
         assert "Sin" in reason(collection, v)
         assert w.ref() not in collection.generic_reasons
 
+    def test_the_batch_size_may_be_unknown_statically(self):
+        output, (w, v), _ = unmatched_model()
+        size = tf.shape(output)[0]
+        collection = scan(output, [w, v], batch_size=size)
+        assert collection.fisher_blocks[v]._batch_sizes == [size]
+
     def test_user_registered_variables_are_none(self):
         output, (w, v), _ = unmatched_model()
         collection = collection_of(output)

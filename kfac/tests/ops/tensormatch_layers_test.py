@@ -117,6 +117,19 @@ class TestDense:
         assert block._outputs[0] is product
         cases.check_uses(collection, [w, b])
 
+    @pytest.mark.parametrize("with_bias", [False, True])
+    def test_inputs_of_rank_4(self, with_bias):
+        x, w, b = data(None, 6, 2, 3), variable("w", 3, 4), variable("b", 4)
+        y = tf.matmul(x, w) + b if with_bias else tf.matmul(x, w)
+        collection = scan(y, [w, b] if with_bias else [w])
+        (block,) = collection.get_blocks()
+        assert block._num_uses == 12 and block._inputs[0] is x
+        assert blocks(collection) == {"w,b" if with_bias else "w": SHARED}
+
+    def test_inputs_of_rank_4_without_known_batch_are_generic(self):
+        x, w = data(7, 6, 2, 3), variable("w", 3, 4)
+        assert_generic(tf.matmul(x, w), [w], "first axis")
+
     def test_a_bias_that_something_else_bypasses_is_no_part_of_the_layer(self):
         x, w, b = data(None, 6, 3), variable("w", 3, 4), variable("b", 4)
         product = tf.matmul(tf.reshape(x, [-1, 3]), w)
@@ -157,13 +170,10 @@ class TestDense:
         ]
         assert_generic(tf.concat(outputs, 1), [w], "different lengths")
 
-    @pytest.mark.parametrize("by_flag", [False, True])
-    def test_transposed_weights_are_refused_by_name(self, by_flag):
+    @pytest.mark.parametrize("flag", [False, True])
+    def test_transposed_weights_are_refused_by_name(self, flag):
         x, w = data(None, 4), variable("w", 3, 4)
-        if by_flag:
-            y = tf.matmul(x, w, transpose_b=True)
-        else:
-            y = tf.matmul(x, tf.transpose(w))
+        y = tf.matmul(x, w if flag else tf.transpose(w), transpose_b=flag)
         assert_generic(y, [w], "transpose")
 
     def test_a_tied_decoder_makes_the_table_generic(self):
@@ -361,8 +371,8 @@ class TestLookups:
         assert_generic(y, [w], "does not look up rows")
 
     def test_a_vector_is_no_table(self):
-        w, x = variable("w", 7), data(None, 2)
-        y = x * tf.gather(w, ids(None))[:, None]
+        w = variable("w", 7)
+        y = data(None, 2) * tf.gather(w, ids(None))[:, None]
         assert_generic(y, [w], "rows and columns")
 
 

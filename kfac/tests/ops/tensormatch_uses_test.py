@@ -102,3 +102,12 @@ def test_images():
     assert uses.uses_of_images(data(15, 2, 2, 1), 5).count == 3
     assert uses.uses_of_images(data(None, 2, 2, 1), 5).count == 1
     assert uses.uses_of_images(data(15, 2, 2, 1), None).count == 1
+
+
+def test_the_batch_size_may_be_a_tensor():
+    x = data(35, 4)
+    assert dense_uses(x, tf.constant(7)).count == 5
+    unknown = tf1.placeholder(tf.int32, [])
+    assert dense_uses(x, unknown).count == 1
+    assert uses.uses_of_images(data(15, 2, 2, 1), unknown).count == 1
+    assert dense_uses(data(None, 5, 4), unknown) == Uses(5, True)

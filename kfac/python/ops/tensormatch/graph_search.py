@@ -101,7 +101,7 @@ _BASIC_KINDS = (
 
 
 def register_layers(
-    layer_collection: Any, varlist: Sequence[Any], batch_size: int | None = None
+    layer_collection: Any, varlist: Sequence[Any], batch_size: Any = None
 ) -> Any:
     """Finds the layers behind all registered losses and registers them.
 
@@ -113,8 +113,8 @@ def register_layers(
       layer_collection: the `LayerCollection`. Variables that it has blocks for are
         left alone; its linked parameters and default approximations are honoured.
       varlist: `tf.Variable`s (or Keras variables) to cover.
-      batch_size: cases per replica and tower. Needed for variables without recognised
-        layer, and to tell uses folded into the batch axis.
+      batch_size: cases per replica and tower, an int or a scalar tensor. Needed for
+        variables without recognised layer, and to tell uses folded into the batch.
 
     Returns:
       Dictionary of the blocks that were added, params -> block.
@@ -163,7 +163,7 @@ def register_subgraph_layers(
     subgraph: Any,
     user_registered_variables: Collection[Any] = frozenset(),
     reuse: Any = False,
-    batch_size: int | None = None,
+    batch_size: Any = None,
 ) -> None:
     """Registers the layers of one tower; see `register_layers`.
 
@@ -221,16 +221,25 @@ def _find_records(
         if graph_util.is_identity(op):
             continue
         for output in filter(subgraph.is_member, op.outputs):
-            found = False
-            for kind, match in _matchers(_BASIC_KINDS, op.type):
-                for record in _records(output, kind, match, tensors_to_variables):
-                    found = True
-                    yield record
-            for kind, match in () if found else _matchers(layers.KINDS, op.type):
-                records = list(_records(output, kind, match, tensors_to_variables))
-                yield from records
-                if records:
-                    break
+            records = [
+                record
+                for kind, match in _matchers(_BASIC_KINDS, op.type)
+                for record in _records(output, kind, match, tensors_to_variables)
+            ]
+            if all(map(_is_unsupported, records)):
+                records = _further_records(output, tensors_to_variables) or records
+            yield from records
+
+
+def _further_records(
+    output: tf.Tensor, tensors_to_variables: Mapping[Any, Any]
+) -> list[MatchRecord]:
+    """Records by the first of the further kinds that makes any."""
+    for kind, match in _matchers(layers.KINDS, output.op.type):
+        records = list(_records(output, kind, match, tensors_to_variables))
+        if records:
+            return records
+    return []
 
 
 @functools.cache
@@ -274,11 +283,15 @@ def _unsupported(params: Any, consumed: Any, reason: str) -> MatchRecord:
     return MatchRecord(RecordType.unsupported, params, consumed, {"reason": reason})
 
 
+def _is_unsupported(record: MatchRecord) -> bool:
+    return record.record_type is RecordType.unsupported
+
+
 def _set_aside_unsupported(
     layer_collection: Any,
     record_list_dict: Mapping[Any, list[MatchRecord]],
     subgraph: Any,
-    batch_size: int | None,
+    batch_size: Any,
 ) -> tuple[Mapping[Any, list[MatchRecord]], Mapping[Any, str]]:
     """Splits off the layers that can only be registered as generic.
 
@@ -314,11 +327,10 @@ def _reason_for_generic(
     params: Any,
     records: Sequence[MatchRecord],
     subgraph: Any,
-    batch_size: int | None,
+    batch_size: Any,
 ) -> str | None:
-    for record in records:
-        if record.record_type is RecordType.unsupported:
-            return record.data["reason"]
+    for record in filter(_is_unsupported, records):
+        return record.data["reason"]
     try:
         registration.plan_registration(layer_collection, params, records, batch_size)
     except UnsupportedLayerError as error:
@@ -360,7 +372,7 @@ def _generic(
     variable: Any,
     subgraph: Any,
     refused: Mapping[Any, str],
-    batch_size: int | None,
+    batch_size: Any,
 ) -> registration.Registration:
     """How a variable without record is to be registered.
 

@@ -15,6 +15,10 @@ ensure_sequence = utils.ensure_sequence
 DENSE_TYPES = ("MatMul", "BatchMatMulV2", "BatchMatMulV3")
 GATHER_TYPES = ("Gather", "GatherV2", "ResourceGather")
 
+# Ranks of the inputs of a layer with one axis of uses.
+MAX_DENSE_RANK = 3
+MAX_ID_RANK = 2
+
 
 class RecordType(enum.Enum):
     """Kind of layer, which decides how it is registered."""
@@ -159,7 +163,7 @@ def record_affine_from_bindings(
             weights, f"{op.name!r} is a {op.type}, which no layer is made of"
         )
     dense_inputs = op.type in DENSE_TYPES
-    check_rank(weights, op, inputs, dense_inputs)
+    _check_rank(weights, op, inputs, dense_inputs)
     if dense_inputs and is_transposed(op):
         raise transposed_error(weights, op)
     return MatchRecord(
@@ -241,7 +245,7 @@ def bias_fits(biases: Any, weights: Any) -> bool:
     return size is None or outputs is None or size == outputs
 
 
-def check_rank(
+def _check_rank(
     weights: Any, op: tf.Operation, inputs: tf.Tensor, dense_inputs: bool
 ) -> None:
     """Refuses inputs with more axes than uses, cases and features.
@@ -249,7 +253,7 @@ def check_rank(
     Raises:
       UnsupportedLayerError: as said.
     """
-    limit = 3 if dense_inputs else 2
+    limit = MAX_DENSE_RANK if dense_inputs else MAX_ID_RANK
     rank = inputs.shape.rank
     if rank is not None and rank > limit:
         kind = "dense layer" if dense_inputs else "lookup"

@@ -55,7 +55,7 @@ def register_records(
     layer_collection: Any,
     record_list_dict: Mapping[Any, list[MatchRecord]],
     reuse: Any = False,
-    batch_size: int | None = None,
+    batch_size: Any = None,
 ) -> None:
     """Registers layers with a collection, in the order of their names.
 
@@ -66,8 +66,8 @@ def register_records(
       layer_collection: the `LayerCollection`.
       record_list_dict: params -> records of their uses, in the order of time.
       reuse: passed to every registration.
-      batch_size: cases per replica and tower; tells uses folded into the batch axis,
-        and is needed for generic registrations.
+      batch_size: cases per replica and tower, an int or a scalar tensor; tells uses
+        folded into the batch axis, and is needed for generic registrations.
 
     Raises:
       ValueError: a group has mixed record types; uses do not divide into the batch, or
@@ -95,7 +95,7 @@ def plan_registration(
     layer_collection: Any,
     params: Any,
     records: Sequence[MatchRecord],
-    batch_size: int | None,
+    batch_size: Any,
 ) -> list[Registration]:
     """How the layer with these parameters is to be registered.
 
@@ -122,24 +122,22 @@ def _order(params: Any) -> tuple:
 
 
 def _fully_connected(layer_collection, params, records, batch_size):
-    dense_inputs = records[0].data["dense_inputs"]
-    if any(record.data["dense_inputs"] != dense_inputs for record in records):
+    kinds = {record.data.get("dense_inputs", True) for record in records}
+    if len(kinds) > 1:
         raise UnsupportedLayerError(
             params, "used both as a table that rows are looked up in and as a matrix"
         )
+    dense_inputs = kinds.pop()
     rank = 2 if dense_inputs else 1
     uses = [_uses_of(record, rank, batch_size) for record in records]
-    split = any(_feature_axes(record) > 1 for record in records)
-    if split and any(use.count > 1 and not use.batch_major for use in uses):
+    ranks = [_rank(record.inputs) - 1 + _feature_axes(record) for record in records]
+    # Data with more axes than [uses, batch, features] must have the cases first.
+    many_axes = max(ranks) > rank + 1 or any(_feature_axes(r) > 1 for r in records)
+    if many_axes and any(use.count > 1 and not use.batch_major for use in uses):
         raise UnsupportedLayerError(
-            params, "the cases are not the first axis of outputs with several features"
+            params, "the cases are not known to be the first axis of its data"
         )
-    is_multi = (
-        len(records) > 1
-        or uses[0].count > 1
-        or _rank(records[0].inputs) > rank
-        or split
-    )
+    is_multi = len(records) > 1 or uses[0].count > 1 or ranks[0] > rank
     options = {"dense_inputs": dense_inputs, "approx": None}
     if not dense_inputs and layer_collection._get_linked_approx(params) is None:
         # Exact, for the second moment of one-hot vectors is diagonal.
@@ -147,15 +145,15 @@ def _fully_connected(layer_collection, params, records, batch_size):
     data = _inputs_and_outputs(records)
     if not is_multi:
         return [Registration("register_fully_connected", (params, *data), options)]
-    if len(records) == 1 or split or any(use.count > 1 for use in uses):
-        if len(set(uses)) > 1 or len({_rank(record.outputs) for record in records}) > 1:
+    if len(records) == 1 or many_axes or any(use.count > 1 for use in uses):
+        if len(set(uses)) > 1 or len({_rank(r.outputs) for r in records}) > 1:
             raise UnsupportedLayerError(
                 params,
                 f"used {len(records)} times, on sequences of different lengths "
                 f"({[use.count for use in uses]})",
             )
         options["num_uses"] = sum(use.count for use in uses)
-    if uses[0].batch_major or split:
+    if uses[0].batch_major or many_axes:
         options["batch_major"] = True
     elif len(records) == 1:
         tf.get_logger().warning(
@@ -166,10 +164,10 @@ def _fully_connected(layer_collection, params, records, batch_size):
     return [Registration("register_fully_connected_multi", (params, *data), options)]
 
 
-def _uses_of(record: MatchRecord, rank: int, batch_size: int | None) -> uses_lib.Uses:
+def _uses_of(record: MatchRecord, rank: int, batch_size: Any) -> uses_lib.Uses:
     rows = record.data.get("rows", record.inputs)
     features = None
-    if record.data["dense_inputs"]:
+    if record.data.get("dense_inputs", True):
         weights = ensure_sequence(record.params)[0]
         outputs = record.outputs.shape[-_feature_axes(record) :].num_elements()
         total = weights.shape.num_elements()
@@ -274,7 +272,7 @@ _PLANNERS = {
 
 
 def _single_use(
-    params: Any, records: Sequence[MatchRecord], batch_size: int | None
+    params: Any, records: Sequence[MatchRecord], batch_size: Any
 ) -> MatchRecord:
     """The only record of a kind of layer without block for several uses."""
     uses = [uses_lib.uses_of_images(r.inputs, batch_size).count for r in records]

@@ -35,7 +35,7 @@ ONE_USE = Uses(1, batch_major=False)
 
 
 def uses_of_rows(
-    rows: tf.Tensor, features: int | None, limit: int, batch_size: int | None
+    rows: tf.Tensor, features: int | None, limit: int, batch_size: Any
 ) -> Uses:
     """Uses in the inputs of a dense layer or lookup.
 
@@ -43,12 +43,13 @@ def uses_of_rows(
       rows: `[..., features]`, or ids `[...]`.
       features: size of the last axis; None for ids.
       limit: rank of inputs with one use per case: 2, for ids 1.
-      batch_size: cases, if known.
+      batch_size: cases, an int or a scalar tensor; None if not known.
 
     Raises:
       ValueError: rows do not divide into the batch size, or the number of uses is not
         known statically.
     """
+    batch_size = _static(batch_size)
     sizes = rows.shape.as_list() if rows.shape.rank is not None else [None] * limit
     if len(sizes) > limit:
         return _uses_of_axes(rows, sizes[: len(sizes) + 1 - limit], batch_size)
@@ -63,16 +64,23 @@ def uses_of_rows(
     return _uses_of_axes(rows, origin, batch_size)
 
 
-def uses_of_images(images: tf.Tensor, batch_size: int | None) -> Uses:
+def uses_of_images(images: tf.Tensor, batch_size: Any) -> Uses:
     """Uses in the inputs `[uses * batch, height, width, channels]` of a convolution.
 
     Raises:
       ValueError: they do not divide into the batch size.
     """
+    batch_size = _static(batch_size)
     size = tf.compat.dimension_value(images.shape[0]) if images.shape.rank else None
     if size is None or batch_size is None:
         return ONE_USE
     return _folded(images, size, None, batch_size)
+
+
+def _static(size: Any) -> int | None:
+    """A size that may be a tensor, as an int if it is known."""
+    value = None if size is None else tf.get_static_value(size)
+    return None if value is None else int(value)
 
 
 def _folded(

@@ -1,7 +1,8 @@
 """Dense layers beyond `x @ variable + variable`.
 
 Their weights may be cast (mixed precision), reshaped (attention projections) or
-transposed (tied decoders, which are refused by name); for the bias see `bias`.
+transposed (tied decoders, which are refused by name), their inputs may have any rank;
+for the bias see `bias`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from kfac.python.ops.tensormatch.layers import bias, parameters
 from kfac.python.ops.tensormatch.layers.kind import LayerKind
 from kfac.python.ops.tensormatch.records import (
     DENSE_TYPES,
+    MAX_DENSE_RANK,
     MatchRecord,
     RecordType,
     UnsupportedLayerError,
-    check_rank,
     frozen_weights_error,
     is_transposed,
     parameter_name,
@@ -43,7 +44,8 @@ def _record(
     if weights is None and biases is None:
         return None
     op = bindings["linear_op"]
-    if not is_bias or ("bias_op" not in bindings and view.is_plain):
+    is_basic = view.is_plain and (bindings["in"].shape.rank or 2) <= MAX_DENSE_RANK
+    if not is_bias or ("bias_op" not in bindings and is_basic):
         return None  # The product alone makes a record of its own.
     if weights is None:
         raise frozen_weights_error(biases, op)
@@ -56,7 +58,6 @@ def _record(
             f"{op.name!r} multiplies by {parameter_name(weights)!r} as a tensor of "
             f"shape {sizes}, one matrix for each entry of the leading axes",
         )
-    check_rank(weights, op, bindings["in"], dense_inputs=True)
     direct = bias.is_added_directly(bindings)
     return MatchRecord(
         RecordType.fully_connected,

@@ -1,4 +1,4 @@
-"""Lookups in a table that is cast first, as under mixed precision."""
+"""Lookups in a table that is cast first (mixed precision), by ids of any rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from kfac.python.ops.tensormatch.records import (
     MatchRecord,
     RecordType,
     UnsupportedLayerError,
-    check_rank,
     parameter_name,
 )
 
@@ -45,7 +44,6 @@ def _record(
             f"{op.name!r} looks up parts of {parameter_name(weights)!r} after it was "
             "reshaped or transposed",
         )
-    check_rank(weights, op, bindings["in"], dense_inputs=False)
     return MatchRecord(
         RecordType.fully_connected,
         weights,
