@@ -68,12 +68,12 @@ def test_object_checkpoints_of_the_optimizer_hold_the_velocities(tmp_path):
         train_op = opt.minimize(model.loss)
         session.run(tf1.global_variables_initializer())
         session.run(train_op)
-        checkpoint = tf1.train.Checkpoint(opt=opt, w1=model.variables[0])
-        path = checkpoint.write(str(tmp_path / "checkpoint"), session=session)
+        checkpoint = tf.train.Checkpoint(opt=opt, w1=model.variables[0])
+        path = checkpoint.write(str(tmp_path / "checkpoint"))
         slot = opt.get_slot(model.variables[0], "velocity")
         saved = session.run(slot)
         session.run(slot.assign(tf.zeros_like(slot)))
-        checkpoint.read(path).run_restore_ops(session)
+        checkpoint.read(path).run_restore_ops()
         np.testing.assert_array_equal(session.run(slot), saved)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from kfac.python.ops import deferred, utils
+from kfac.python.ops import deferred
 from kfac.python.ops.optimizer.conditional import run_if
 from kfac.python.ops.rules import levenberg_marquardt, scalars
 
@@ -135,12 +135,12 @@ class DampingAdaptationMixin:
             if self._update_damping_immediately
             else self._prev_train_batch
         )
-        return utils.all_average(self._loss_fn(batch))
+        return self._average(self._loss_fn(batch), "loss")
 
     def _loss_before_update(self) -> tf.Tensor:
         if self._use_passed_loss:
-            return utils.all_average(self._loss_tensor)
-        return utils.all_average(self._loss_fn(self._train_batch))
+            return self._average(self._loss_tensor, "loss")
+        return self._average(self._loss_fn(self._train_batch), "loss")
 
     @property
     def _adapts_damping_here(self) -> bool:

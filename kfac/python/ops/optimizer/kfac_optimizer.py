@@ -382,7 +382,7 @@ class KfacOptimizer(
         arguments.check_gradients(pairs)
         if not self._loss_was_set:
             self._loss_tensor = loss
-        gradients = utils.all_average([gradient for gradient, _ in pairs])
+        gradients = self._average([gradient for gradient, _ in pairs], "gradients")
         for gradient, (_, variable) in zip(gradients, pairs, strict=True):
             if tf.is_tensor(gradient) and not isinstance(gradient, tf.IndexedSlices):
                 gradient.set_shape(variable.shape)
@@ -420,10 +420,9 @@ class KfacOptimizer(
             steps = self._compute_raw_update_steps(grads_and_vars)
             if self._use_weight_decay:
                 steps = self._add_weight_decay(steps)
-            steps = self._share_among_replicas(steps)
         # All of r is computed from the parameters as they were.
         with tf.control_dependencies(tensors_of(steps)):
-            moved = super().apply_gradients(steps, *args, **kwargs)
+            moved = self._move(steps, *args, **kwargs)
         with tf.control_dependencies([moved]):
             adapted = self._maybe_post_update_adapt_damping()
         with tf.control_dependencies([adapted]):

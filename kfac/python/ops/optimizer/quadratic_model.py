@@ -91,7 +91,8 @@ class QuadraticModelMixin:
             cases,
         )
         if should_average_over_replicas:
-            m = utils.all_average(m)
+            weight = cases if tf.is_tensor(cases) else None
+            m = utils.all_average(m, "quadratic model", weight)
         return rules.Terms(m, c, b)
 
     def _quadratic_model_losses(self) -> tuple[Any, Any]:

@@ -52,7 +52,8 @@ class ScalarStateMixin:
         )
 
     def _store(self, variable: tf.Variable, value: tf.Tensor) -> Any:
-        return utils.smart_assign(variable, value, force_cast=True)
+        # Values come from averages over replicas, so all replicas have the same.
+        return utils.smart_assign(variable, value, force_cast=True, force_sync=False)
 
     def _claim_scope(self) -> None:
         """Raises `ValueError` if an optimizer of this trace has the same name.

@@ -130,7 +130,9 @@ class UpdateStepsMixin:
         for slot, value, (_, variable) in zip(
             slots, new_values, vecs_and_vars, strict=True
         ):
-            with tf.control_dependencies([utils.smart_assign(slot, value)]):
+            # Equal on all replicas, so there is nothing to synchronise.
+            stored = utils.smart_assign(slot, value, force_sync=False)
+            with tf.control_dependencies([stored]):
                 result.append((tf.identity(value), variable))
         return result
 
@@ -148,11 +150,41 @@ class UpdateStepsMixin:
         )
         return list(zip(decayed, variables, strict=True))
 
-    def _share_among_replicas(self, vecs_and_vars: Sequence[Pair]) -> list[Pair]:
-        """The replica's part of the step: the base class sums over replicas."""
-        if not tf.distribute.has_strategy():
-            return list(vecs_and_vars)
-        return list(utils.sprod_p(1.0 / utils.get_num_replicas(), vecs_and_vars))
+    def _move(
+        self, steps: Sequence[Pair], global_step: Any = None, name: str | None = None
+    ) -> Any:
+        """Op that applies the steps, which are equal on all replicas."""
+        if not utils.is_in_replica():
+            return tf.compat.v1.train.Optimizer.apply_gradients(
+                self, steps, global_step, name
+            )
+        # The base class would sum over replicas what they all know.
+        moved = [
+            utils.smart_assign(
+                variable,
+                scalars.cast(self._learning_rate, step.dtype) * step,
+                assign_fn=tf.compat.v1.assign_sub,
+                force_sync=False,
+            )
+            for step, variable in steps
+        ]
+        if global_step is None:
+            return tf.group(*moved, name=name)
+        with tf.control_dependencies(moved):
+            return tf.group(
+                utils.smart_assign(
+                    global_step,
+                    tf.ones([], global_step.dtype),
+                    assign_fn=tf.compat.v1.assign_add,
+                    force_sync=False,
+                ),
+                name=name,
+            )
+
+    def _average(self, values: Any, name: str) -> Any:
+        """Means over replicas of means over their cases, see `utils.all_average`."""
+        size = self._batch_size
+        return utils.all_average(values, name, size if tf.is_tensor(size) else None)
 
     def _prepare(self) -> None:
         """Called by the base class before it applies a step."""
