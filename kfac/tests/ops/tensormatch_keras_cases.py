@@ -304,18 +304,18 @@ CASES = [
         (5, 4),
         {"gamma,beta": SCALE},
     ),
-    Case(
-        "LayerNormalization over two axes",
-        lambda: layers.LayerNormalization(axis=(1, 2)),
-        (5, 4),
-        {"gamma,beta": SCALE},
-    ),
-    Case(
-        "LayerNormalization without center",
-        lambda: layers.LayerNormalization(center=False),
-        (5, 4),
-        {"gamma": SCALE},
-    ),
+    *[
+        Case(
+            f"LayerNormalization {variant}",
+            lambda options=options: layers.LayerNormalization(**options),
+            (5, 4),
+            {names: SCALE},
+        )
+        for variant, options, names in [
+            ("over two axes", {"axis": (1, 2)}, "gamma,beta"),
+            ("without center", {"center": False}, "gamma"),
+        ]
+    ],
     Case(
         "LayerNormalization without scale",
         lambda: layers.LayerNormalization(scale=False),
@@ -330,18 +330,13 @@ CASES = [
         {"gamma": GENERIC, "beta": GENERIC},
         "last axes",
     ),
-    Case(
-        "GroupNormalization",
-        lambda: layers.GroupNormalization(2),
-        (5, 4),
-        {"gamma,beta": SCALE},
-    ),
-    Case(
-        "GroupNormalization on images",
-        lambda: layers.GroupNormalization(2),
-        (3, 3, 4),
-        {"gamma,beta": SCALE},
-    ),
+    *[
+        Case(name, lambda: layers.GroupNormalization(2), shape, {"gamma,beta": SCALE})
+        for name, shape in [
+            ("GroupNormalization", (5, 4)),
+            ("GroupNormalization on images", (3, 3, 4)),
+        ]
+    ],
     Case(
         "GroupNormalization of the first axis",
         lambda: layers.GroupNormalization(2, axis=1),
