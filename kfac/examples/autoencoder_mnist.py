@@ -9,46 +9,32 @@ momentum from the exact quadratic model, so there is no learning rate to tune.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 
 import kfac
-from kfac.examples import autoencoder_model, datasets, reporting
-
-OPTIMIZERS = ("kfac", "adam", "sgd")
+from kfac.examples import autoencoder_model, program, training
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("optimizer", ["kfac"], f"One or more of {', '.join(OPTIMIZERS)}.")
-flags.DEFINE_enum("dataset", "mnist", datasets.DATASETS, "Data set.")
-flags.DEFINE_string("data_dir", None, "Folder with the full data (idx or npz files).")
-flags.DEFINE_bool("download", False, "Fetch the full data set with keras.datasets.")
-flags.DEFINE_integer("seed", 0, "Seed of initialisation, batches and samples.")
-flags.DEFINE_integer("train_steps", None, "Updates an optimizer.")
-flags.DEFINE_float("train_seconds", None, "Training seconds an optimizer.")
-flags.DEFINE_integer("batch_size", 1024, "Batch size, or the first one of a schedule.")
+flags.adopt_module_key_flags(program)
 flags.DEFINE_enum(
     "batch_schedule",
     "fixed",
     ["fixed", "growing"],
     "growing: exponential, the whole data set from update 500 on (paper, section 13).",
 )
-flags.DEFINE_float("l2_reg", 1e-5, "Coefficient of half the squared parameter norm.")
-flags.DEFINE_float("learning_rate", None, "Of Adam (default 1e-3) or SGD (3e-3).")
-flags.DEFINE_float("damping", 150.0, "Initial damping of K-FAC; adapted from there.")
-flags.DEFINE_float("cov_batch_fraction", 0.25, "Part of the batch for statistics.")
-flags.DEFINE_float("qmodel_batch_fraction", 0.25, "Part for the quadratic model.")
-flags.DEFINE_integer("invert_every", 5, "Updates between inversions.")
-flags.DEFINE_bool("auto_register_layers", False, "Let the scanner find the layers.")
-flags.DEFINE_string("device", None, "For instance /cpu:0 or /gpu:0.")
-flags.DEFINE_integer("eval_every", 10, "Updates between evaluations.")
-flags.DEFINE_integer("eval_size", 10000, "Training images in an evaluation.")
-flags.DEFINE_string("plot", None, "Where to write a PNG of the loss curves.")
 
-# A step maps a batch of images to named scalars for the progress line.
-Step = Callable[[tf.Tensor], Mapping[str, tf.Tensor]]
+DEFAULTS = {
+    "hidden_widths": list(autoencoder_model.WIDTHS[1:-1]),
+    "l2_reg": 1e-5,
+    "damping": 150.0,
+    "cov_batch_fraction": 0.25,
+    "qmodel_batch_fraction": 0.25,
+}
+LEARNING_RATES = {"adam": 1e-3, "sgd": 3e-3}
 IMAGES = tf.TensorSpec([None, 784], tf.float32)
 
 
@@ -63,7 +49,7 @@ def kfac_step(
     qmodel_batch_fraction: float = 0.25,
     auto_register_layers: bool = False,
     seed: int = 0,
-) -> Step:
+) -> training.Step:
     """One K-FAC update: everything adaptive, state kept in `store`."""
 
     @tf.function(input_signature=[IMAGES], autograph=False)
@@ -85,9 +71,7 @@ def kfac_step(
                 collection.auto_register_layers(list(model.trainable_variables))
             else:
                 for call in calls:
-                    collection.register_fully_connected(
-                        call.params, call.inputs, call.outputs
-                    )
+                    call.register(collection)
             optimizer = kfac.PeriodicInvCovUpdateKfacOpt(
                 learning_rate=None,
                 momentum=None,
@@ -121,27 +105,17 @@ def kfac_step(
 
 def keras_step(
     model: autoencoder_model.Autoencoder, name: str, learning_rate: float, l2_reg: float
-) -> Step:
+) -> training.Step:
     """One update of a first-order Keras optimizer."""
-    import keras  # Imported late: the K-FAC path does without it.
 
-    if name == "adam":
-        optimizer = keras.optimizers.Adam(learning_rate)
-    else:
-        optimizer = keras.optimizers.SGD(learning_rate, momentum=0.9, nesterov=True)
-    variables = list(model.trainable_variables)
-    optimizer.build(variables)
+    def regularized_loss(images):
+        logits, _ = model(images)
+        penalty = l2_reg * model.l2_penalty()
+        return autoencoder_model.cross_entropy(logits, images) + penalty
 
-    @tf.function(input_signature=[IMAGES], autograph=False)
-    def step(images):
-        with tf.GradientTape() as tape:
-            logits, _ = model(images)
-            loss = autoencoder_model.cross_entropy(logits, images)
-            loss += l2_reg * model.l2_penalty()
-        optimizer.apply(tape.gradient(loss, variables), variables)
-        return {"loss": loss}
-
-    return step
+    return training.first_order_step(
+        name, learning_rate, regularized_loss, model.trainable_variables, [IMAGES]
+    )
 
 
 def batch_size_at(update: int, first: int, total: int, growing: bool) -> int:
@@ -152,42 +126,16 @@ def batch_size_at(update: int, first: int, total: int, growing: bool) -> int:
     return min(total, int(first * math.exp(growth * update)))
 
 
-def train(
-    name: str,
-    step: Step,
-    evaluate: Callable[[], Mapping[str, float]],
-    images: np.ndarray,
-    *,
-    train_steps: int | None,
-    train_seconds: float | None,
-    batch_size: int,
-    growing: bool = False,
-    eval_every: int = 10,
-    seed: int = 0,
-) -> reporting.History:
-    """Runs `step` until the first of the two limits is reached."""
-    history = reporting.History(name)
-    clock = reporting.TrainingClock()
+def batches(
+    images: np.ndarray, first_size: int, growing: bool = False, seed: int = 0
+) -> Iterator[tuple[np.ndarray]]:
+    """Random batches, each without repetition, of the scheduled sizes; endless."""
     rng = np.random.default_rng(seed)
     update = 0
-    history.record(0, 0.0, evaluate())
-    with reporting.Progress(name, train_steps, train_seconds) as progress:
-        while not (
-            (train_steps is not None and update >= train_steps)
-            or (train_seconds is not None and clock.seconds >= train_seconds)
-        ):
-            size = batch_size_at(update, batch_size, len(images), growing)
-            with clock:
-                rows = rng.choice(len(images), size=size, replace=False)
-                scalars = step(tf.constant(images[rows]))
-                scalars = {key: float(value) for key, value in scalars.items()}
-            update += 1
-            progress.update(update, clock.seconds, scalars)
-            if update % eval_every == 0:
-                history.record(update, clock.seconds, evaluate())
-    if history.updates[-1] != update:
-        history.record(update, clock.seconds, evaluate())
-    return history
+    while True:
+        size = batch_size_at(update, first_size, len(images), growing)
+        yield (images[rng.choice(len(images), size=size, replace=False)],)
+        update += 1
 
 
 def make_evaluator(
@@ -218,7 +166,7 @@ def make_evaluator(
     return evaluate
 
 
-def _make_step(name: str, model: autoencoder_model.Autoencoder) -> Step:
+def _make_step(name: str, model: autoencoder_model.Autoencoder) -> training.Step:
     if name == "kfac":
         return kfac_step(
             model,
@@ -231,66 +179,40 @@ def _make_step(name: str, model: autoencoder_model.Autoencoder) -> Step:
             auto_register_layers=FLAGS.auto_register_layers,
             seed=FLAGS.seed,
         )
-    default = {"adam": 1e-3, "sgd": 3e-3}[name]
-    return keras_step(model, name, FLAGS.learning_rate or default, FLAGS.l2_reg)
+    learning_rate = FLAGS.learning_rate or LEARNING_RATES[name]
+    return keras_step(model, name, learning_rate, FLAGS.l2_reg)
 
 
 def main(argv: list[str]) -> None:
     """Trains with every optimizer asked for, prints a table, writes the plot."""
     del argv
-    unknown = sorted(set(FLAGS.optimizer) - set(OPTIMIZERS))
-    if unknown:
-        raise app.UsageError(f"--optimizer: unknown {unknown}; expected {OPTIMIZERS}.")
-    steps, seconds = FLAGS.train_steps, FLAGS.train_seconds
-    if steps is None and seconds is None:
-        steps = 300
-    data = datasets.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.download).flat()
-    print(
-        f"Data: {data.description}; batch {FLAGS.batch_size} ({FLAGS.batch_schedule})"
+    data = program.load_data().flat()
+    widths = [784, *program.hidden_widths(), 784]
+
+    def make_run(name: str) -> training.Run:
+        model = autoencoder_model.Autoencoder(widths, seed=FLAGS.seed)
+        evaluate = make_evaluator(model, data.x_train[: FLAGS.eval_size], data.x_test)
+        return training.Run(_make_step(name, model), evaluate)
+
+    def make_batches() -> Iterator[tuple[np.ndarray]]:
+        growing = FLAGS.batch_schedule == "growing"
+        return batches(data.x_train, FLAGS.batch_size, growing, FLAGS.seed)
+
+    program.report(
+        "MNIST autoencoder",
+        program.train_each(make_run, make_batches),
+        columns={
+            "train_entropy": "cross-entropy",
+            "train_error": "squared error",
+            "test_entropy": "test cross-entropy",
+            "test_error": "test squared error",
+        },
+        curves={
+            "train_entropy": "training cross-entropy",
+            "train_error": "training squared error",
+        },
     )
-    histories = []
-    for name in FLAGS.optimizer:
-        tf.random.set_seed(FLAGS.seed)
-        with tf.device(FLAGS.device):
-            model = autoencoder_model.Autoencoder(seed=FLAGS.seed)
-            evaluate = make_evaluator(
-                model, data.x_train[: FLAGS.eval_size], data.x_test
-            )
-            history = train(
-                name,
-                _make_step(name, model),
-                evaluate,
-                data.x_train,
-                train_steps=steps,
-                train_seconds=seconds,
-                batch_size=FLAGS.batch_size,
-                growing=FLAGS.batch_schedule == "growing",
-                eval_every=FLAGS.eval_every,
-                seed=FLAGS.seed,
-            )
-        histories.append(history)
-    columns = [
-        "optimizer", "updates", "seconds", "cross-entropy", "squared error",
-        "test cross-entropy", "test squared error",
-    ]  # fmt: skip
-    keys = ("train_entropy", "train_error", "test_entropy", "test_error")
-    rows = [
-        [h.name, str(h.updates[-1]), f"{h.seconds[-1]:.1f}"]
-        + [f"{h.metrics[key][-1]:.2f}" for key in keys]
-        for h in histories
-    ]
-    reporting.print_table("MNIST autoencoder, after training", columns, rows)
-    if FLAGS.plot:
-        reporting.plot(
-            histories,
-            FLAGS.plot,
-            "MNIST autoencoder",
-            {
-                "train_entropy": "training cross-entropy",
-                "train_error": "training squared error",
-            },
-        )
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.start(main, DEFAULTS)

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from absl import logging
 
+# Columns of text where the output is not a terminal.
+_PLAIN_WIDTH = 100
+
 
 @dataclasses.dataclass
 class History:
@@ -104,12 +107,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) ->
 
     view = table.Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        view.add_column(column, justify="left" if i == 0 else "right")
+        view.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         view.add_row(
             *(cell if isinstance(cell, str) else f"{cell:,.4g}" for cell in row)
         )
-    console.Console(width=max(80, console.Console().width)).print(view)
+    terminal = console.Console()
+    width = terminal.width if terminal.is_terminal else _PLAIN_WIDTH
+    console.Console(width=width).print(view)
 
 
 def plot(
