@@ -192,18 +192,15 @@ CASES = [
         (6, 6, 2),
         {"kernel": CONV},
     ),
-    Case(
-        "Conv2D, dilated",
-        lambda: layers.Conv2D(3, 2, dilation_rate=2),
-        (6, 6, 2),
-        {"kernel,bias": CONV},
-    ),
-    Case(
-        "Conv2D, dilated and padded, without bias",
-        lambda: layers.Conv2D(3, 2, dilation_rate=2, padding="same", use_bias=False),
-        (6, 6, 2),
-        {"kernel": CONV},
-    ),
+    *[
+        Case(
+            f"Conv2D, dilated, padding {padding}",
+            lambda p=padding: layers.Conv2D(3, 2, dilation_rate=2, padding=p),
+            (6, 6, 2),
+            {"kernel,bias": CONV},
+        )
+        for padding in ("valid", "same")
+    ],
     Case(
         "Conv2D with groups",
         lambda: layers.Conv2D(4, 3, groups=2),
