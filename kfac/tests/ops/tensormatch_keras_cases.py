@@ -23,8 +23,7 @@ class Case:
       name: what the layer is.
       build: makes the layer.
       shape: of its input, without the batch.
-      blocks: parameters (patterns of the ends of their paths, comma separated) ->
-        block class.
+      blocks: parameters (ends of their paths, comma separated) -> block class.
       reason: part of the reason given for generic parameters.
       ids: number of different ids if the input holds ids.
       inputs: number of inputs, all alike.
