@@ -1,6 +1,7 @@
 """What tests of the scanner share: small graphs, scanning, comparing collections."""
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from kfac.python.ops import layer_collection as lc
@@ -11,6 +12,7 @@ from kfac.tests import graph_kinds
 tf1 = tf.compat.v1
 
 BATCH = 5
+GENERIC = "NaiveDiagonalFB"
 
 
 def data(*shape, seed=0):
@@ -100,3 +102,27 @@ def resolved(tensor):
 
 def subgraph(output):
     return utils.SubGraph([output])
+
+
+def assert_generic(output, variables, text, others=None):
+    """With a batch size: generic for this reason. Without: an error that says it."""
+    collection = collection_of(output)
+    with pytest.raises((ValueError, gs.AmbiguousRegistrationError), match=text):
+        gs.register_layers(collection, variables)
+    assert blocks(collection) == {}
+    gs.register_layers(collection, variables, batch_size=BATCH)
+    others = others or {}
+    found = blocks(collection)
+    for v in variables:
+        name = v.name.split(":")[0]
+        if not any(name in group.split(",") for group in others):
+            assert found[name] == GENERIC
+            others = {**others, name: GENERIC}
+    assert found == others
+    texts = [
+        reason(collection, v)
+        for v in variables
+        if v.ref() in collection.generic_reasons
+    ]
+    assert any(text in each for each in texts), texts
+    check_uses(collection, variables)

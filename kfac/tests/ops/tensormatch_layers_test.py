@@ -6,10 +6,11 @@ import tensorflow as tf
 
 from kfac.python.ops.tensormatch import graph_search as gs
 from kfac.python.ops.tensormatch.layers import einsum, parameters
-from kfac.tests import graph_kinds
 from kfac.tests.ops import tensormatch_cases as cases
 from kfac.tests.ops.tensormatch_cases import (
     BATCH,
+    GENERIC,
+    assert_generic,
     blocks,
     collection_of,
     data,
@@ -21,40 +22,13 @@ from kfac.tests.ops.tensormatch_cases import (
 
 tf1 = tf.compat.v1
 DENSE, SHARED = "FullyConnectedKFACBasicFB", "FullyConnectedMultiIndepFB"
-CONV, GENERIC = "ConvKFCBasicFB", "NaiveDiagonalFB"
+CONV = "ConvKFCBasicFB"
 
 
 @pytest.fixture(autouse=True)
-def graph_fixture(request):
-    if "in_functions" in request.node.name:
-        yield
-        return
+def graph_fixture():
     with tf.Graph().as_default():
         yield
-
-
-def assert_generic(output, variables, text, others=None):
-    """With a batch size: generic for this reason. Without: an error that says it."""
-    collection = collection_of(output)
-    with pytest.raises((ValueError, gs.AmbiguousRegistrationError), match=text):
-        gs.register_layers(collection, variables)
-    assert blocks(collection) == {}
-    gs.register_layers(collection, variables, batch_size=BATCH)
-    others = others or {}
-    found = blocks(collection)
-    for v in variables:
-        name = v.name.split(":")[0]
-        if not any(name in group.split(",") for group in others):
-            assert found[name] == GENERIC
-            others = {**others, name: GENERIC}
-    assert found == others
-    texts = [
-        reason(collection, v)
-        for v in variables
-        if v.ref() in collection.generic_reasons
-    ]
-    assert any(text in each for each in texts), texts
-    cases.check_uses(collection, variables)
 
 
 class TestParameters:
@@ -409,41 +383,3 @@ class TestElementwise:
         x, s, t = data(None, 4, 4, 3), variable("s", 3), variable("t", 3)
         y, _, _ = tf1.nn.fused_batch_norm(x, s, t, is_training=True)
         assert_generic(y, [s, t], "batch normalisation")
-
-
-class TestNested:
-    def test_v1_loops(self):
-        with graph_kinds.v2_behavior_off():
-            x, w = data(None, 3), variable("w", 3, 3)
-            _, y = tf1.while_loop(
-                lambda i, _: i < 2, lambda i, h: (i + 1, tf.matmul(h, w)), (0, x)
-            )
-            collection = scan(y, [w], BATCH)
-            assert blocks(collection) == {"w": GENERIC}
-            assert "while loop" in reason(collection, w)
-
-    @pytest.mark.parametrize(
-        ("wrap", "text"),
-        [
-            (
-                lambda x, w: tf.while_loop(
-                    lambda i, _: i < 2, lambda i, h: (i + 1, tf.matmul(h, w)), (0, x)
-                )[1],
-                "unroll=True",
-            ),
-            (lambda x, w: tf.function(tf.matmul)(x, w), "nested function call"),
-            (
-                lambda x, w: tf.cond(
-                    tf.reduce_sum(x) > 0, lambda: tf.matmul(x, w), lambda: x
-                ),
-                "a conditional",
-            ),
-        ],
-    )
-    def test_calls_in_functions_are_named(self, wrap, text):
-        def build():
-            x, w = data(None, 3), variable("w", 3, 3)
-            assert_generic(wrap(x, w), [w], text)
-            return tf.constant(0)
-
-        graph_kinds.Run(graph_kinds.FUNCTION, build)()

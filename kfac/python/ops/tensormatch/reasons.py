@@ -12,6 +12,8 @@ from kfac.python.ops.utils import subgraph as subgraph_lib
 
 _LOOPS = frozenset(("While", "StatelessWhile"))
 _CONDITIONALS = frozenset(("If", "StatelessIf", "Case", "StatelessCase"))
+_V1_CONDITIONALS = frozenset(("Switch", "RefSwitch"))
+_V1_LOOPS = frozenset(("RefEnter",))  # `Enter` counts as an identity.
 _VIEWS = frozenset(("Cast", "Reshape", "ExpandDims", "Squeeze"))
 _ADDITIONS = frozenset(("Add", "AddV2", "BiasAdd"))
 
@@ -48,10 +50,8 @@ def why_unmatched(variable: Any, graph: tf.Graph, subgraph: Any) -> str:
     if not ops:
         return "the losses do not depend on it"
     for op in ops:
-        if calls_functions(op):
+        if calls_functions(op) or op.type in _V1_CONDITIONALS | _V1_LOOPS:
             return why_used_in(op)
-    if any(op.type == "Enter" for op in ops):
-        return "it is used inside a while loop; unroll the loop"
     uses = ", ".join(sorted({f"{op.name!r} ({op.type})" for op in ops}))
     if all(op.type in _ADDITIONS for op in ops):
         return f"it is added in {uses}, but not to the output of a recognised layer"
@@ -59,14 +59,14 @@ def why_unmatched(variable: Any, graph: tf.Graph, subgraph: Any) -> str:
 
 
 def why_used_in(op: tf.Operation) -> str:
-    """Reason against a variable that is used in an operation that calls functions."""
+    """Reason against a variable that is used in an operation of control flow."""
     where = f"it is used inside {op.name!r} ({op.type})"
-    if op.type in _LOOPS:
+    if op.type in _LOOPS | _V1_LOOPS:
         return (
             f"{where}, a loop whose iterations the scanner does not see; unroll it "
             "(`unroll=True` for Keras' recurrent layers)"
         )
-    if op.type in _CONDITIONALS:
+    if op.type in _CONDITIONALS | _V1_CONDITIONALS:
         return (
             f"{where}, a conditional whose branches the scanner does not see; move the "
             "layer out of it"
