@@ -95,7 +95,7 @@ def check_strict(collection: Any) -> None:
     generic = [row for row in explain(collection) if row.reason is not None]
     if not generic:
         return
-    lines = [f"  {_names(row)} ({row.block}): {row.reason}" for row in generic]
+    lines = [f"  {names_of(row)} ({row.block}): {row.reason}" for row in generic]
     raise GenericParametersError(
         f"{len(generic)} parameter group(s) have no layer-specific approximation, only "
         "a generic one:\n" + "\n".join(lines) + "\nRegister their layers by hand, or "
@@ -128,27 +128,21 @@ def format_table(rows: Sequence[Row]) -> str:
             format_bytes(sum(row.inverse_bytes for row in rows)),
         )
     )
-    widths = [
-        max(map(len, column)) for column in zip(_HEADINGS, total, *cells, strict=True)
-    ]
-    line = "  ".join("-" * width for width in widths)
-    parts = [_line(_HEADINGS, widths), line]
-    parts += [_line(row, widths) for row in cells]
-    parts += [line, _line(total, widths)]
+    parts = aligned(_HEADINGS, cells, total)
     generic = [row for row in rows if row.reason is not None]
     if generic:
         parts += ["", "Generic approximation:"]
-        parts += [f"  {_names(row)}: {row.reason}" for row in generic]
+        parts += [f"  {names_of(row)}: {row.reason}" for row in generic]
     return "\n".join(parts)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     return (
-        _names(row),
+        names_of(row),
         ", ".join(_size(shape) for shape in row.shapes),
         row.block,
         row.approximation,
-        ", ".join(_size(sides) for sides in row.factor_sides) or "-",
+        format_sides(row),
         "-" if row.uses is None else str(row.uses),
         str(row.towers),
         format_bytes(row.factor_bytes) if row.factor_sides else "-",
@@ -156,12 +150,28 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def aligned(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    total: Sequence[str] | None = None,
+) -> list[str]:
+    """Lines of a table of text; the total, if any, below a rule of its own."""
+    cells = [headings, *rows] + ([] if total is None else [total])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = "  ".join("-" * width for width in widths)
+    lines = [_line(row, widths) for row in cells]
+    lines.insert(1, rule)
+    if total is not None:
+        lines.insert(len(lines) - 1, rule)
+    return lines
+
+
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)]
     return "  ".join(padded).rstrip()
 
 
-def _names(row: Row) -> str:
+def names_of(row: Row) -> str:
     """`dense/kernel`, or `dense/(kernel, bias)` for a group of one layer."""
     if len(row.variables) == 1:
         return row.variables[0]
@@ -170,6 +180,11 @@ def _names(row: Row) -> str:
         return "(" + ", ".join(row.variables) + ")"
     last = ", ".join(name.rpartition("/")[2] for name in row.variables)
     return f"{layers.pop()}/({last})"
+
+
+def format_sides(row: Row) -> str:
+    """The shapes of a row's factors, or `-` if there are none yet."""
+    return ", ".join(_size(sides) for sides in row.factor_sides) or "-"
 
 
 def _size(shape: Sequence[int | None]) -> str:

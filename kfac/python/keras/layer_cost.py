@@ -1,0 +1,100 @@
+"""Operations and memory that the curvature of one layer takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from kfac.python.ops import report
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """Cost of one parameter group's Fisher block.
+
+    Operations are those of one update or one product; memory is in bytes.
+
+    Attributes:
+      row: what covers the group, see `kfac.python.ops.report.Row`.
+      statistics_flops: second moments of one batch, without the backward pass.
+      inverse_flops: all inverses.
+      preconditioning_flops: the product of the inverse block with a gradient.
+      factor_bytes: moving averages of the second moments.
+      inverse_bytes: inverses.
+      statistics_bytes: the patches that a convolution's second moment is taken of;
+        needed only meanwhile.
+    """
+
+    row: report.Row
+    statistics_flops: float
+    inverse_flops: float
+    preconditioning_flops: float
+    factor_bytes: int
+    inverse_bytes: int
+    statistics_bytes: int
+
+    @property
+    def name(self) -> str:
+        """The group's parameters."""
+        return report.names_of(self.row)
+
+    @property
+    def matrix_sides(self) -> dict[str, int]:
+        """Sides of the factors that are full matrices: "in", "out" or "both"."""
+        return matrix_sides(self.row)
+
+
+def matrix_sides(row: report.Row) -> dict[str, int]:
+    """See `LayerCost.matrix_sides`."""
+    if not _is_kronecker(row):
+        (side,) = row.factor_sides
+        return {"both": side[0]} if row.approximation == "full" else {}
+    sides = zip(("in", "out"), row.factor_sides[:2], strict=True)
+    return {role: side[0] for role, side in sides if len(side) == 2}
+
+
+def layer_cost(row: report.Row, cases: int, element_bytes: int) -> LayerCost:
+    """The cost of one row of the report.
+
+    Args:
+      row: of a block whose factors exist.
+      cases: number of cases that statistics are taken from.
+      element_bytes: size of one number.
+    """
+    parameters = sum(math.prod(shape) for shape in row.shapes)
+    averaged = row.approximation == "kron_reduce"
+    rows = cases * (1 if averaged or row.uses is None else row.uses)
+    sides = matrix_sides(row)
+    patches = 0
+    if _is_kronecker(row):
+        statistics = sum(2 * rows * side**2 for side in sides.values())
+        applied = sum(2 * parameters * side for side in sides.values())
+        if len(row.shapes[0]) > 2:
+            patches = rows * row.factor_sides[0][0]
+    elif sides:
+        statistics = 2 * cases * parameters**2
+        applied = 2 * parameters**2
+    else:
+        statistics = 2 * rows * parameters  # Gradients of single cases, squared.
+        applied = parameters
+    in_eigenbasis = len(row.factor_sides) > 2  # The third holds its moments.
+    if in_eigenbasis:
+        # Cases are rotated into the basis; gradients into it and back.
+        statistics = 2 * statistics + 2 * rows * parameters
+        applied *= 2
+    # As `DenseSquareMatrixFactor.inverse_flops`, which needs variables: factorisation,
+    # solve and product, or an eigendecomposition.
+    cubes = 9 if in_eigenbasis else 10 / 3
+    return LayerCost(
+        row=row,
+        statistics_flops=statistics,
+        inverse_flops=sum(cubes * side**3 for side in sides.values()),
+        preconditioning_flops=applied,
+        factor_bytes=row.factor_bytes,
+        inverse_bytes=element_bytes * sum(side**2 for side in sides.values()),
+        statistics_bytes=element_bytes * patches,
+    )
+
+
+def _is_kronecker(row: report.Row) -> bool:
+    return len(row.factor_sides) > 1
