@@ -101,6 +101,15 @@ class TestDense:
         assert name == "register_fully_connected_multi" and args == (w, x, y)
         assert options["num_uses"] == 7 and "batch_major" not in options
 
+    def test_several_sequences_must_have_the_cases_first(self):
+        w = variable("w")
+        records = [dense(tensor(7, None, 3), tensor(7, None, 4)) for _ in range(2)]
+        with pytest.raises(ValueError, match="first axis"):
+            register(w, *records)
+        records = [dense(tensor(None, 7, 3), tensor(None, 7, 4)) for _ in range(2)]
+        _, _, options = register(w, *records)
+        assert options["num_uses"] == 14 and options["batch_major"]
+
     def test_groups_are_passed_as_tuples(self):
         w, b = variable("w"), variable("b", [4])
         _, args, _ = register((w, b), dense(tensor(5, 3), tensor(5, 4)))

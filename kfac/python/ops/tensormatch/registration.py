@@ -131,12 +131,6 @@ def _fully_connected(layer_collection, params, records, batch_size):
     rank = 2 if dense_inputs else 1
     uses = [_uses_of(record, rank, batch_size) for record in records]
     ranks = [_rank(record.inputs) - 1 + _feature_axes(record) for record in records]
-    # Data with more axes than [uses, batch, features] must have the cases first.
-    many_axes = max(ranks) > rank + 1 or any(_feature_axes(r) > 1 for r in records)
-    if many_axes and any(use.count > 1 and not use.batch_major for use in uses):
-        raise UnsupportedLayerError(
-            params, "the cases are not known to be the first axis of its data"
-        )
     is_multi = len(records) > 1 or uses[0].count > 1 or ranks[0] > rank
     options = {"dense_inputs": dense_inputs, "approx": None}
     if not dense_inputs and layer_collection._get_linked_approx(params) is None:
@@ -145,13 +139,10 @@ def _fully_connected(layer_collection, params, records, batch_size):
     data = _inputs_and_outputs(records)
     if not is_multi:
         return [Registration("register_fully_connected", (params, *data), options)]
+    # Data with more axes than [uses, batch, features] must have the cases first.
+    many_axes = max(ranks) > rank + 1 or any(_feature_axes(r) > 1 for r in records)
     if len(records) == 1 or many_axes or any(use.count > 1 for use in uses):
-        if len(set(uses)) > 1 or len({_rank(r.outputs) for r in records}) > 1:
-            raise UnsupportedLayerError(
-                params,
-                f"used {len(records)} times, on sequences of different lengths "
-                f"({[use.count for use in uses]})",
-            )
+        _check_sequences(params, records, uses, many_axes)
         options["num_uses"] = sum(use.count for use in uses)
     if uses[0].batch_major or many_axes:
         options["batch_major"] = True
@@ -162,6 +153,33 @@ def _fully_connected(layer_collection, params, records, batch_size):
             uses[0].count,
         )
     return [Registration("register_fully_connected_multi", (params, *data), options)]
+
+
+def _check_sequences(
+    params: Any,
+    records: Sequence[MatchRecord],
+    uses: Sequence[uses_lib.Uses],
+    many_axes: bool,
+) -> None:
+    """Refuses data of several uses per tensor that blocks cannot take.
+
+    Raises:
+      UnsupportedLayerError: as said.
+    """
+    if len(set(uses)) > 1 or len({_rank(record.outputs) for record in records}) > 1:
+        raise UnsupportedLayerError(
+            params,
+            f"used {len(records)} times, on sequences of different lengths "
+            f"({[use.count for use in uses]})",
+        )
+    if (
+        uses[0].count > 1
+        and not uses[0].batch_major
+        and (many_axes or len(records) > 1)
+    ):
+        raise UnsupportedLayerError(
+            params, "the cases are not known to be the first axis of its data"
+        )
 
 
 def _uses_of(record: MatchRecord, rank: int, batch_size: Any) -> uses_lib.Uses:
