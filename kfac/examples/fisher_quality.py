@@ -1,0 +1,337 @@
+"""How good is each approximation of the Fisher matrix? Measured on a small network.
+
+    python -m kfac.examples.fisher_quality --plot=fisher.png
+
+Trains a dense tanh network on digits of 7 x 7 pixels, so small that the exact Fisher
+block of every layer can be formed, and compares it with what this library makes of it:
+K-FAC, EKFAC, the diagonal; and with the empirical Fisher matrix. The error of K-FAC is
+split as in section 3.1 of the K-FAC paper, see `exact_fisher`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+from absl import flags
+
+import kfac
+from kfac.examples import datasets, exact_fisher, layers, program, reporting, training
+from kfac.python.ops import curvature_operator, estimator
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(program)
+
+DEFAULTS = {
+    "hidden_widths": ["20", "20"],
+    "train_steps": 300,
+    "batch_size": 250,
+    "learning_rate": 3e-3,
+    "eval_size": 1000,
+    "damping": 1e-2,
+}
+SIDE = 7
+CLASSES = 10
+# Name in the table -> approximation of registrations.
+APPROXIMATIONS = {"K-FAC": "kron", "EKFAC": "ekfac", "diagonal": "diagonal"}
+
+
+class Network(tf.Module):
+    """Dense tanh network with logits as outputs."""
+
+    def __init__(self, widths: Sequence[int], seed: int = 0):
+        super().__init__(name="network")
+        rng = np.random.default_rng(seed)
+        self.layers = [
+            layers.Dense(rng, d_in, d_out, name=f"layer_{i + 1}")
+            for i, (d_in, d_out) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+        ]
+
+    def __call__(self, images: tf.Tensor) -> tuple[tf.Tensor, list[layers.Call]]:
+        """Maps images `[batch, 49]` to logits `[batch, 10]` and the layers' calls."""
+        activations, calls = images, []
+        for layer in self.layers:
+            pre_activations = layer(activations, calls)
+            activations = tf.tanh(pre_activations)
+        return pre_activations, calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """One approximation of one layer's block, against the exact one.
+
+    Attributes:
+      layer: its name.
+      approximation: its name.
+      error: relative Frobenius error of the matrix.
+      inverse_error: the same of the damped inverse, as the optimizers use it.
+      exact_damping_error: the same of `(matrix + damping I)^-1`; another number for
+        K-FAC only, which splits the damping between its factors.
+      matrix: the undamped matrix.
+    """
+
+    layer: str
+    approximation: str
+    error: float
+    inverse_error: float
+    exact_damping_error: float
+    matrix: np.ndarray
+
+
+def pooled(images: np.ndarray) -> np.ndarray:
+    """Images `[n, 28, 28]` as means over 4 x 4 pixels, `[n, 49]`."""
+    cells = images.reshape(len(images), SIDE, 28 // SIDE, SIDE, 28 // SIDE)
+    return cells.mean(axis=(2, 4)).reshape(len(images), -1)
+
+
+def train(
+    network: Network,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int = 0,
+) -> float:
+    """Trains with Adam; returns the last mini-batch loss."""
+
+    def loss_fn(x, y):
+        logits, _ = network(x)
+        return tf.reduce_mean(
+            tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits)
+        )
+
+    step = training.first_order_step(
+        "adam",
+        learning_rate,
+        loss_fn,
+        network.trainable_variables,
+        [tf.TensorSpec([None, SIDE**2]), tf.TensorSpec([None], tf.int32)],
+    )
+    loss = float("nan")
+    batches = datasets.batches(len(images), batch_size, seed)
+    for _, rows in zip(range(num_steps), batches, strict=False):
+        loss = float(step(tf.constant(images[rows]), tf.constant(labels[rows]))["loss"])
+    return loss
+
+
+def layer_statistics(
+    network: Network, images: np.ndarray, labels: np.ndarray
+) -> tuple[list[exact_fisher.LayerStatistics], list[exact_fisher.LayerStatistics]]:
+    """Per layer the statistics of the Fisher and of the empirical Fisher matrix."""
+
+    @tf.function(autograph=False)
+    def capture(x):
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            logits, calls = network(x)
+        jacobians = [
+            tape.batch_jacobian(
+                logits, call.outputs, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            )
+            for call in calls[:-1]
+        ]
+        return logits, [call.inputs for call in calls], jacobians
+
+    logits, inputs, jacobians = capture(tf.constant(images))
+    logits = logits.numpy().astype(np.float64)
+    jacobians = [j.numpy().astype(np.float64) for j in jacobians]
+    jacobians.append(np.broadcast_to(np.eye(CLASSES), [len(images), CLASSES, CLASSES]))
+    ones = np.ones([len(images), 1])
+    inputs = [np.hstack([a.numpy().astype(np.float64), ones]) for a in inputs]
+
+    def statistics(moments):
+        return [
+            exact_fisher.LayerStatistics(a, exact_fisher.pulled_back(moments, j))
+            for a, j in zip(inputs, jacobians, strict=True)
+        ]
+
+    return (
+        statistics(exact_fisher.logit_moments(logits)),
+        statistics(exact_fisher.actual_moments(logits, labels)),
+    )
+
+
+def approximate_blocks(
+    network: Network, images: np.ndarray, approximation: str, damping: float
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Per layer the library's block and its damped inverse, of exact statistics."""
+    store = kfac.state.VariableStore()
+    made = {}
+
+    @tf.function(autograph=False)
+    def update(x):
+        with store.as_default():
+            logits, calls = network(x)
+            collection = kfac.LayerCollection()
+            collection.register_softmax_cross_entropy_loss(logits)
+            for call in calls:
+                collection.register_fully_connected(
+                    call.params, call.inputs, call.outputs, approx=approximation
+                )
+            made["estimator"] = estimator.make_fisher_estimator(
+                variables=list(network.trainable_variables),
+                cov_ema_decay=0.0,
+                damping=damping,
+                layer_collection=collection,
+                estimation_mode="exact",
+            )
+            covs, invs = made["estimator"].make_vars_and_create_op_thunks()
+            for thunks in (covs, invs, covs):  # EKFAC measures in the basis it has.
+                with tf.control_dependencies([thunk() for thunk in thunks]):
+                    pass
+
+    update(tf.constant(images))
+    bare, damped = (
+        curvature_operator.curvature_operator(made["estimator"], damped=damped)
+        for damped in (False, True)
+    )
+    return [
+        (
+            matrix.to_dense().numpy().astype(np.float64),
+            np.linalg.inv(block.to_dense().numpy().astype(np.float64)),
+        )
+        for matrix, block in zip(bare.operators, damped.operators, strict=True)
+    ]
+
+
+def measure(
+    network: Network, images: np.ndarray, labels: np.ndarray, damping: float
+) -> tuple[list[Quality], list[tuple[str, float, float, float]]]:
+    """Compares all approximations of all layers.
+
+    Args:
+      network: the network.
+      images: cases that the matrices are means over, `[n, 49]`.
+      labels: `[n]`.
+      damping: multiple of the identity added for the inverses.
+
+    Returns:
+      Qualities, layer by layer, the exact matrix first; and per layer its name and the
+      Frobenius norms of K-FAC's error and of its third-order and fourth-order terms,
+      relative to that of the exact matrix.
+    """
+    model, empirical = layer_statistics(network, images, labels)
+    library = {
+        name: approximate_blocks(network, images, approximation, damping)
+        for name, approximation in APPROXIMATIONS.items()
+    }
+    qualities, terms = [], []
+    for i, statistics in enumerate(model):
+        layer = network.layers[i].name
+        exact = statistics.exact()
+        inverse = exact_fisher.damped_inverse(exact, damping)
+        empirical_matrix = empirical[i].exact()
+        candidates = {"exact": (exact, inverse)}
+        candidates |= {name: blocks[i] for name, blocks in library.items()}
+        candidates["empirical"] = (
+            empirical_matrix,
+            exact_fisher.damped_inverse(empirical_matrix, damping),
+        )
+        qualities += [
+            Quality(
+                layer,
+                name,
+                exact_fisher.relative_error(matrix, exact),
+                exact_fisher.relative_error(inverted, inverse),
+                exact_fisher.relative_error(
+                    exact_fisher.damped_inverse(matrix, damping), inverse
+                ),
+                matrix,
+            )
+            for name, (matrix, inverted) in candidates.items()
+        ]
+        norm = np.linalg.norm(exact)
+        parts = (
+            statistics.exact() - statistics.kronecker(),
+            statistics.third_order(),
+            statistics.fourth_order(),
+        )
+        terms.append((layer, *(float(np.linalg.norm(part) / norm) for part in parts)))
+    return qualities, terms
+
+
+def draw(qualities: Sequence[Quality], path: str) -> None:
+    """Writes a PNG: a row for each layer, absolute values of the matrices."""
+    import matplotlib  # The [examples] extra.
+
+    matplotlib.use("Agg")
+    from matplotlib import colors, pyplot
+
+    names = list(dict.fromkeys(q.layer for q in qualities))
+    columns = list(dict.fromkeys(q.approximation for q in qualities))
+    figure, axes = pyplot.subplots(
+        len(names),
+        len(columns),
+        figsize=(2.6 * len(columns), 2.8 * len(names)),
+        squeeze=False,
+    )
+    for quality in qualities:
+        row, column = names.index(quality.layer), columns.index(quality.approximation)
+        exact = next(q.matrix for q in qualities if q.layer == quality.layer)
+        axis = axes[row, column]
+        # A root makes small entries visible; the scale is that of the exact matrix.
+        norm = colors.PowerNorm(0.3, vmin=0, vmax=np.abs(exact).max())
+        axis.imshow(np.abs(quality.matrix), cmap="inferno", norm=norm)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_title(f"{quality.approximation} ({quality.error:.2f})", fontsize=9)
+        if column == 0:
+            axis.set_ylabel(f"{quality.layer}, {len(exact)} parameters")
+    figure.suptitle("Fisher blocks, absolute values (relative error)")
+    figure.tight_layout()
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=110)
+    pyplot.close(figure)
+    print(f"Picture: {target}")
+
+
+def main(argv: list[str]) -> None:
+    """Trains, measures, prints both tables, draws the matrices."""
+    del argv
+    data = program.load_data()
+    images = pooled(data.x_train)
+    network = Network([SIDE**2, *program.hidden_widths(), CLASSES], FLAGS.seed)
+    loss = train(
+        network,
+        images,
+        data.y_train,
+        num_steps=FLAGS.train_steps,
+        batch_size=FLAGS.batch_size,
+        learning_rate=FLAGS.learning_rate,
+        seed=FLAGS.seed,
+    )
+    print(f"Trained for {FLAGS.train_steps} updates, mini-batch loss {loss:.3f}")
+    rows = slice(FLAGS.eval_size)
+    qualities, terms = measure(network, images[rows], data.y_train[rows], FLAGS.damping)
+    reporting.print_table(
+        f"Relative Frobenius errors; damping {FLAGS.damping:g}",
+        ["layer", "approximation", "matrix", "inverse", "inverse, exact damping"],
+        [
+            [
+                q.layer,
+                q.approximation,
+                q.error,
+                q.inverse_error,
+                q.exact_damping_error,
+            ]
+            for q in qualities
+            if q.approximation != "exact"
+        ],
+    )
+    reporting.print_table(
+        "Where K-FAC's error comes from, relative to the exact matrix",
+        ["layer", "error", "third-order cumulants", "fourth-order cumulants"],
+        terms,
+    )
+    if FLAGS.plot:
+        draw(qualities, FLAGS.plot)
+
+
+if __name__ == "__main__":
+    program.start(main, DEFAULTS)
