@@ -227,6 +227,38 @@ def test_statistics_do_not_depend_on_how_the_data_arrive(case):
     assert not np.allclose(values["two sources"], values["plain"])
 
 
+def test_sequences_with_the_cases_first_give_the_same_block():
+    """What Keras layers on sequences register."""
+    rng = np.random.RandomState(0)
+    inputs, grads = rng.randn(cases.BATCH, 3, 2), rng.randn(cases.BATCH, 3, 4)
+
+    def matrix(name, batch_major):
+        with tf1.variable_scope(name):
+            collection = layer_collection.LayerCollection()
+            weights = tf1.get_variable("w", [2, 4], tf.float64, use_resource=True)
+            towers = [tf.constant(data) for data in (inputs, grads)]
+            if not batch_major:
+                towers = [tf.unstack(data, axis=1) for data in towers]
+            collection.register_fully_connected_multi(
+                weights,
+                *towers,
+                num_uses=3,
+                approx="ekfac",
+                **({"batch_major": True} if batch_major else {}),
+            )
+            (block,) = collection.get_blocks()
+            (signals,) = block.tensors_to_compute_grads()
+            with tf.control_dependencies([refreshed(block, ((signals,),))]):
+                return block.full_fisher_block()
+
+    def build():
+        return matrix("first", True), matrix("last", False)
+
+    np.testing.assert_allclose(
+        *graph_kinds.Run(graph_kinds.V1_ON, build)(), **TOLERANCE
+    )
+
+
 def test_sources_add_up():
     """Two equal sources make twice the matrix."""
     case = BLOCKS[4]
