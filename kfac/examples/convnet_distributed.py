@@ -27,7 +27,7 @@ tf1 = tf.compat.v1
 MakeModel = Callable[[], convnet_model.ConvNet]
 
 # Seconds after which a run that hangs is given up.
-PATIENCE = 120.0
+PATIENCE = 60.0
 
 
 class _Trainer:
@@ -265,7 +265,11 @@ def chief_worker(*args, **kwargs) -> training.Run:
 
 
 def _started(trainer: _Trainer) -> training.Run:
-    trainer.start()
+    try:
+        trainer.start()
+    except Exception:
+        trainer.close()
+        raise
     return trainer.run()
 
 

@@ -55,7 +55,8 @@ def load(
       download: fetch the full data set with `keras.datasets` instead.
 
     Raises:
-      ValueError: unknown data set, or Fashion-MNIST without a source.
+      ValueError: unknown data set, Fashion-MNIST without a source, or a file of
+        another kind.
       FileNotFoundError: `data_dir` holds neither form.
     """
     if dataset not in DATASETS:
@@ -98,6 +99,11 @@ def _read_folder(dataset: str, data_dir: str) -> dict[str, np.ndarray]:
     if npz.exists():
         with np.load(npz) as file:
             names = {k: k if k in file else _SHORT_NAMES[k] for k in _IDX_STEMS}
+            if not set(names.values()) <= set(file):
+                raise ValueError(
+                    f"{npz} holds the arrays {sorted(file)}; expected "
+                    f"{sorted(_IDX_STEMS)} or {sorted(_SHORT_NAMES.values())}."
+                )
             return {key: file[name] for key, name in names.items()}
     arrays = {}
     for key, stem in _IDX_STEMS.items():
