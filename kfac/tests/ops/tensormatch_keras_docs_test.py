@@ -12,15 +12,15 @@ PAGE = pathlib.Path(__file__).parents[3] / "docs" / "keras_layers.md"
 _HEAD = """\
 # Keras layers
 
-What `auto_register_layers`, and with it the Keras optimizer, makes of every Keras layer:
-the block that its parameters get by default, and whether the gradient rebuilt from what
+What `auto_register_layers`, and with it the Keras optimizer, makes of Keras' layers: the
+block that its parameters get by default, and whether the gradient rebuilt from what
 the block captured (inputs and output gradients) was found equal to the true one, in
 float64, which proves that coverage, scale, sharing and layout are right. Parameters
 without such a block get a diagonal one from the square of their gradient; `explain()`
 tells why.
 
-This page is written by `python -m kfac.tests.ops.tensormatch_keras_docs_test`; the tests
-run every row. Shapes are those of the input, without the batch.
+Written by `python -m kfac.tests.ops.tensormatch_keras_docs_test`; the tests run every
+row. Shapes are those of the input, without the batch.
 
 | layer and input | parameters | block | verified |
 |---|---|---|---|
