@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from kfac.python.ops import errors, placement_decision, utils
+from kfac.python.ops.utils import packing, replicas
 
 Thunk = Callable[..., Any]
 Thunks = tuple[list[Thunk], list[Thunk], list[Thunk], list[Thunk]]
@@ -100,7 +101,7 @@ class RoundRobinPlacementMixin:
 
         def placed(j: int) -> tf.Operation:
             # Costs are known once the inverses' variables exist.
-            costs = {i: _inverse_cost(factor) for i, factor in enumerate(self.factors)}
+            costs = {i: f.inverse_flops() for i, f in enumerate(self.factors)}
             device_of = placement_decision.largest_first(costs, self._inv_devices)
             return _make_thunk_on_device(inv_updates[j], device_of[j])()
 
@@ -137,10 +138,20 @@ class ReplicaRoundRobinPlacementMixin:
     def _place_and_compute_transformation_thunks(
         self, thunks: Sequence[Thunk], params_list: Sequence[Any]
     ) -> Sequence[Any]:
-        del params_list
-        if self._distribute_transformations:
+        if not self._distribute_transformations:
+            return [thunk() for thunk in thunks]
+        if utils.get_tf_replicator() is not None:
             return utils.map_gather(thunks)
-        return [thunk() for thunk in thunks]
+        results = replicas.shared_out(
+            [lambda t=thunk: _dense(t()) for thunk in thunks],
+            [[packing.Spec.of(v) for v in tf.nest.flatten(p)] for p in params_list],
+            [_product_flops(tf.nest.flatten(p)) for p in params_list],
+            "preconditioned",
+        )
+        return [
+            tf.nest.pack_sequence_as(params, of_block)
+            for params, of_block in zip(params_list, results, strict=True)
+        ]
 
     def create_ops_and_vars_thunks(self, scope: str | None = None) -> Thunks:
         """See `FisherEstimator.create_ops_and_vars_thunks`.
@@ -160,34 +171,65 @@ class ReplicaRoundRobinPlacementMixin:
 
     def _update_inverses(self, inv_updates: Sequence[Thunk]) -> tf.Operation:
         """Each factor's inverses on one replica, then assigned on all."""
-        variables, thunks = [], []
+        variables, thunks, specs, flops = [], [], [], []
         for factor, update in zip(self.factors, inv_updates, strict=True):
             of_factor = list(factor.inverse_variables())
-            if of_factor:
-                variables.append(of_factor)
-                thunks.append(lambda u=update, v=of_factor: _updated_values(u, v))
+            if not of_factor:
+                continue
+            specs.append(
+                [
+                    packing.Spec.of(variable, layout)
+                    for variable, layout in zip(
+                        of_factor, factor.inverse_layouts(), strict=True
+                    )
+                ]
+            )
+            if factor.fallbacks is not None:
+                # Counted by one replica, known to all; travels as a float.
+                of_factor.append(factor.fallbacks)
+                specs[-1].append(packing.Spec((), specs[-1][0].dtype))
+            variables.append(of_factor)
+            thunks.append(
+                lambda u=update, v=of_factor, f=factor: _updated_values(u, v, f._dtype)
+            )
+            flops.append(factor.inverse_flops())
         if not thunks:
             return tf.no_op()
+        if utils.get_tf_replicator() is not None:
+            results = utils.map_gather(thunks)
+        else:
+            results = replicas.shared_out(thunks, specs, flops, "inverses")
         return tf.group(
             *(
-                utils.smart_assign(variable, value, force_sync=False)
-                for of_factor, values in zip(
-                    variables, utils.map_gather(thunks), strict=True
-                )
+                utils.smart_assign(variable, value, force_cast=True, force_sync=False)
+                for of_factor, values in zip(variables, results, strict=True)
                 for variable, value in zip(of_factor, values, strict=True)
             )
         )
 
 
 def _updated_values(
-    update: Thunk, variables: Sequence[tf.Variable]
+    update: Thunk, variables: Sequence[tf.Variable], dtype: tf.DType
 ) -> tuple[tf.Tensor, ...]:
     with tf.control_dependencies([update()]):
-        return tuple(tf.identity(variable.read_value()) for variable in variables)
+        return tuple(
+            tf.cast(tf.identity(variable.read_value()), dtype) for variable in variables
+        )
 
 
-def _inverse_cost(factor: Any) -> float:
-    """Operations of inverting a factor, up to a constant; none if it is diagonal."""
-    if not factor.inverse_variables():
-        return 0.0
-    return float(math.prod(int(side) for side in factor._cov_shape)) ** 1.5
+def _dense(product: Any) -> list[tf.Tensor]:
+    return [tf.convert_to_tensor(part) for part in tf.nest.flatten(product)]
+
+
+def _product_flops(params: Sequence[Any]) -> float:
+    """Operations of a product with two Kronecker factors: `2 m n (m + n)`.
+
+    Biases are rows of the weights' matrix.  Blocks of other kinds cost less.
+    """
+    flops = 0.0
+    for variable in params:
+        shape = [int(side) for side in variable.shape]
+        if len(shape) > 1:
+            rows, columns = math.prod(shape[:-1]), shape[-1]
+            flops += 2.0 * rows * columns * (rows + columns)
+    return flops

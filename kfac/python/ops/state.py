@@ -12,6 +12,15 @@ paths and roles (`dense_1/kernel/input/cov/var`), never from graph tensors' name
   second trace finds it again and `tf.train.Checkpoint(state=store)` saves it.
 
 Scopes are opened with `tf.compat.v1.variable_scope` in both worlds.
+
+Under a `tf.distribute` strategy a variable is created under its scope, so it is
+mirrored: one copy a replica, synchronization AUTO.  Replicas write equal values, which
+they have from averaged statistics, so the aggregation is NONE: each writes its own
+copy, no collective runs, and an assignment may stand in a conditional branch (where a
+mirrored variable with another aggregation cannot be assigned).  ON_READ would reduce
+on every read in cross-replica context, and save sums of equal values.  Checkpoints
+hold the first copy and restoring writes all of them, so the number of replicas may
+change in between.
 """
 
 from __future__ import annotations
@@ -185,6 +194,24 @@ def get_variable(
             trainable=False,
             aggregation=aggregation,
         )
+
+
+def carried(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, to be called in another thread with the present store and names.
+
+    Replicas are traced in threads of their own, and branches in further ones.
+    """
+    stores = list(_stack())
+    names = getattr(_active, "parameter_names", {})
+
+    def in_another_thread(*args, **kwargs):
+        with contextlib.ExitStack() as contexts:
+            for store in stores:
+                contexts.enter_context(store.as_default())
+            contexts.enter_context(parameter_names(names))
+            return function(*args, **kwargs)
+
+    return in_another_thread
 
 
 @contextlib.contextmanager

@@ -6,11 +6,10 @@ import abc
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from kfac.python.ops import deferred, signals, sub_batch, utils
-from kfac.python.ops.estimator import backward, batch_sizes
+from kfac.python.ops.estimator import backward, batch_sizes, covariances
 from kfac.python.ops.rules import scalars
 
 tf1 = tf.compat.v1
@@ -331,11 +330,18 @@ class FisherEstimator(abc.ABC):
             return self._batch_size
         return self._sub_batch.batch_size
 
+    def _replica_weight(self) -> Any:
+        """How much this replica counts, or None if all have equally many cases."""
+        size = self._statistics_batch_size()
+        return size if tf.is_tensor(size) else None
+
     def _make_params_stats(self) -> tuple[tf.Tensor, ...]:
         size = self._statistics_batch_size()
         sums = self._backward.params_gradients()
         means = tuple(total / scalars.cast(size, total.dtype) for total in sums)
-        return tuple(utils.all_average(means))
+        return tuple(
+            utils.all_average(means, "first-order statistics", self._replica_weight())
+        )
 
     # Thunks.
 
@@ -402,10 +408,37 @@ class FisherEstimator(abc.ABC):
         return thunk
 
     def _cov_update_op(self, factor: Any, should_decay: Any = True) -> tf.Operation:
-        expected, source = self._expected_batch_size()
-        with batch_sizes.checked(factor, expected, source):
-            decay, weight = self._decay_and_weight(factor, should_decay)
+        with self._checked(factor):
+            decay, weight = covariances.decay_and_weight(
+                factor, self._cov_ema_decay, should_decay
+            )
             return factor.make_covariance_update_op(decay, weight)
+
+    def _checked(self, factor: Any) -> Any:
+        """Context whose ops run after the factor's batch size was found right."""
+        return batch_sizes.checked(factor, *self._expected_batch_size())
+
+    def covariance_update_ops(
+        self, thunks: Sequence[Thunk], should_decay: Any = True
+    ) -> list[tf.Operation]:
+        """Ops that update all covariances, with one exchange between replicas.
+
+        Without replicas these are simply the ops of the thunks.
+
+        Args:
+          thunks: the covariance update thunks, one a factor.
+          should_decay: see there.
+        """
+        if not utils.is_replicated() or utils.get_tf_replicator() is not None:
+            return [thunk(should_decay) for thunk in thunks]
+        return covariances.update_together(
+            self.factors,
+            thunks,
+            should_decay,
+            self._cov_ema_decay,
+            checked=self._checked,
+            weight=self._replica_weight(),
+        )
 
     def _expected_batch_size(self) -> tuple[Any, str]:
         size = self._statistics_batch_size()
@@ -415,14 +448,3 @@ class FisherEstimator(abc.ABC):
         return first.batch_size(), (
             f"batch size of factor {first.name!r} of class {utils.cls_name(first)}"
         )
-
-    def _decay_and_weight(self, factor: Any, should_decay: Any) -> tuple[Any, Any]:
-        """Decay of the past and weight of the new statistics."""
-        if not getattr(factor._cov, "_normalize_value", True):
-            # Nothing divides by the accumulated weight, so weights must add up to 1,
-            # and there is no plain running mean.
-            return self._cov_ema_decay, 1.0 - self._cov_ema_decay
-        if isinstance(should_decay, (bool, np.bool_)):
-            return (self._cov_ema_decay if should_decay else 1.0), 1.0
-        decay = scalars.cast(self._cov_ema_decay, tf.as_dtype(factor._dtype))
-        return tf.where(should_decay, decay, tf.ones_like(decay)), 1.0

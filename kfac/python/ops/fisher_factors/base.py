@@ -13,6 +13,7 @@ import tensorflow as tf
 from kfac.python.ops import config, errors, utils
 from kfac.python.ops.fisher_factors import naming
 from kfac.python.ops.rules import scalars
+from kfac.python.ops.utils import packing
 
 tf1 = tf.compat.v1
 
@@ -217,10 +218,14 @@ class FisherFactor(abc.ABC):
 
     def _compute_total_new_cov(self) -> tf.Tensor:
         """Second moment of the mini-batch: all sources, towers and replicas."""
+        return utils.all_average(self._compute_local_new_cov())
+
+    def _compute_local_new_cov(self) -> tf.Tensor:
+        """Second moment of this replica's cases: all sources and towers."""
         return self._combine_shards(self._compute_new_cov)
 
     def _combine_shards(self, compute: Callable[[int, int], tf.Tensor]) -> tf.Tensor:
-        """Sum over sources, mean over towers and replicas of `compute`'s results."""
+        """Sum over sources, mean over towers of `compute`'s results."""
         total = None
         for source, tower in itertools.product(
             range(self._num_sources), range(self._num_towers)
@@ -230,7 +235,7 @@ class FisherFactor(abc.ABC):
                 total = term if total is None else total + term
         if self._num_towers > 1:
             total = total / tf.cast(self._num_towers, total.dtype)
-        return utils.all_average(total)
+        return total
 
     def make_covariance_update_op(self, ema_decay: Any, ema_weight: Any) -> Any:
         """Op that takes one step of the moving average with this mini-batch.
@@ -239,9 +244,46 @@ class FisherFactor(abc.ABC):
           ema_decay: float or scalar tensor, multiplies the past.
           ema_weight: float or scalar tensor, multiplies the new second moment.
         """
-        average = self._average
-        self._cov_tensor = self._compute_total_new_cov()
-        return average.add_to_average(
+        if self.averages_by_itself:
+            statistics = [self._compute_total_new_cov()]
+        else:
+            statistics = utils.all_average(
+                self.new_statistics(), "statistics", layouts=self.statistics_layouts()
+            )
+        return self.add_statistics(statistics, ema_decay, ema_weight)
+
+    # The same in two parts, so that the statistics of all factors can be averaged over
+    # replicas together, in between.
+
+    @property
+    def averages_by_itself(self) -> bool:
+        """Whether a subclass has its own way to average over replicas."""
+        base, own = FisherFactor, type(self)
+        return (
+            own._compute_total_new_cov is not base._compute_total_new_cov
+            or own.make_covariance_update_op is not base.make_covariance_update_op
+        )
+
+    def new_statistics(self) -> list[tf.Tensor]:
+        """What the moving averages are about to take in, of this replica's cases."""
+        return [self._compute_local_new_cov()]
+
+    def statistics_layouts(self) -> list[packing.Layout]:
+        """Which entries of `new_statistics()` have to travel between replicas."""
+        return [packing.Layout.FULL]
+
+    def add_statistics(
+        self, statistics: Sequence[tf.Tensor], ema_decay: Any, ema_weight: Any
+    ) -> Any:
+        """Op that takes one step of the moving averages.
+
+        Args:
+          statistics: as from `new_statistics`, averaged over replicas.
+          ema_decay: float or scalar tensor, multiplies the past.
+          ema_weight: float or scalar tensor, multiplies the statistics.
+        """
+        (self._cov_tensor,) = statistics
+        return self._average.add_to_average(
             self._cov_tensor, decay=ema_decay, weight=ema_weight
         )
 
@@ -294,6 +336,17 @@ class FisherFactor(abc.ABC):
         Placement strategies that compute inverses on one replica send these.
         """
         return self.get_inv_vars()
+
+    def inverse_layouts(self) -> list[packing.Layout]:
+        """Which entries of `inverse_variables()` have to travel."""
+        return [packing.Layout.FULL] * len(self.inverse_variables())
+
+    def inverse_flops(self) -> float:
+        """Floating-point operations of `make_inverse_update_ops`, to leading order.
+
+        For comparing factors with each other, to share the work evenly.
+        """
+        return 0.0
 
     @abc.abstractmethod
     def instantiate_inv_variables(self) -> None:

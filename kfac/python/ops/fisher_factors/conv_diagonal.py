@@ -124,7 +124,7 @@ class ConvDiagonalFactor(diagonal.DiagonalFactor):
     def _partial_batch_size(self, source: int = 0, tower: int = 0) -> int | tf.Tensor:
         return statistics.num_rows(self._outputs_grads[source][tower])
 
-    def make_covariance_update_op(self, ema_decay: Any, ema_weight: Any) -> Any:
+    def _compute_local_new_cov(self) -> tf.Tensor:
         """See base class; extracts the patches once for all sources."""
         self._patches = []
         for tower, inputs in enumerate(self._inputs):
@@ -133,7 +133,7 @@ class ConvDiagonalFactor(diagonal.DiagonalFactor):
                 self._patches.append(
                     self._extract(tf.convert_to_tensor(inputs)) if fits else None
                 )
-        return super().make_covariance_update_op(ema_decay, ema_weight)
+        return super()._compute_local_new_cov()
 
     def _elements_per_case(self) -> int:
         """Number of entries of the patches of one case, as far as known statically."""

@@ -11,6 +11,7 @@ from kfac.python.ops import config, deferred, inverses, utils
 from kfac.python.ops import linear_operator as lo
 from kfac.python.ops.fisher_factors import base, naming, stored
 from kfac.python.ops.rules import scalars
+from kfac.python.ops.utils import packing
 
 
 class DenseSquareMatrixFactor(base.FisherFactor):
@@ -116,6 +117,33 @@ class DenseSquareMatrixFactor(base.FisherFactor):
             *self._cholesky_by_damping.values(),
             *self._cholesky_inverse_by_damping.values(),
         ]
+
+    def statistics_layouts(self) -> list[packing.Layout]:
+        """Second moments are symmetric."""
+        return [packing.Layout.SYMMETRIC]
+
+    def inverse_layouts(self) -> list[packing.Layout]:
+        """Powers are symmetric, Cholesky factors and their inverses triangular."""
+        triangular = [*self._cholesky_by_damping, *self._cholesky_inverse_by_damping]
+        return [packing.Layout.SYMMETRIC] * len(self._matpower_by_exp_and_damping) + [
+            packing.Layout.LOWER
+        ] * len(triangular)
+
+    def inverse_flops(self) -> float:
+        """Operations of factorisations `n^3 / 3`, solves `n^3`, products `2 n^3`.
+
+        A symmetric eigendecomposition with vectors takes about `9 n^3` (Golub & Van
+        Loan, "Matrix computations", 8.3).
+        """
+        powers = self._matpower_by_exp_and_damping
+        by_eig = self._updates_powers_by_eig()
+        inverted = {i for _, i in powers} if not by_eig else set()
+        solved = inverted | set(self._cholesky_inverse_by_damping)
+        factorised = solved | set(self._cholesky_by_damping)
+        cubes = len(factorised) / 3 + len(solved) + 2 * len(inverted)
+        if by_eig:
+            cubes += 9 + 2 * len(powers)
+        return cubes * float(self._cov_shape[0]) ** 3
 
     def make_inverse_update_ops(self) -> list[Any]:
         """Ops that refresh all stored matrices from the current average.

@@ -143,16 +143,19 @@ class EigenbasisFactor(base.FisherFactor):
         self._output_basis = self._store.create("output_basis", [d_out] * 2, identity)
         self._refreshes = self._store.create("refreshes", [], tf1.zeros_initializer)
 
-    def make_covariance_update_op(self, ema_decay: Any, ema_weight: Any) -> Any:
-        """Op that takes one step of the moving average with this mini-batch.
+    def add_statistics(
+        self, statistics: Sequence[tf.Tensor], ema_decay: Any, ema_weight: Any
+    ) -> Any:
+        """Op that takes one step of the moving average.
 
         Statistics that are not finite are replaced by the current average.
 
         Args:
+          statistics: the second moment of a mini-batch.
           ema_decay: float or scalar tensor, multiplies the past.
           ema_weight: float or scalar tensor, multiplies the new second moment.
         """
-        new = self._compute_total_new_cov()
+        (new,) = statistics
         finite = stored.all_finite(new)
         self._cov_tensor = tf.where(finite, new, self.cov)
         return tf.group(
@@ -230,6 +233,10 @@ class EigenbasisFactor(base.FisherFactor):
         """The bases, the count of refreshes, and the average, which is carried over."""
         return [*self._bases, self._refreshes, self._cov._var]
 
+    def inverse_flops(self) -> float:
+        """Two eigendecompositions, and the old bases in terms of the new ones."""
+        return sum(11.0 * side**3 for side in self.sides)
+
     # What is served.
 
     def register_matpower(self, exp: float, damping_func: Callable[[], Any]) -> None:
@@ -300,13 +307,13 @@ class ExampleEigenbasisFactor(EigenbasisFactor):
     def _compute_new_cov(self, source: int, tower: int) -> tf.Tensor:
         return self._tower_moments(tower, [source])
 
-    def _compute_total_new_cov(self) -> tf.Tensor:
+    def _compute_local_new_cov(self) -> tf.Tensor:
         # All sources of a tower together: its inputs are rotated once.
         towers = []
         for tower in range(self._num_towers):
             with base.maybe_place_on_device(self._get_data_device(tower)):
                 towers.append(self._tower_moments(tower, range(self._num_sources)))
-        return utils.all_average(tf.add_n(towers) / len(towers))
+        return tf.add_n(towers) / len(towers)
 
     def _tower_moments(self, tower: int, sources: Sequence[int]) -> tf.Tensor:
         return example_gradients.mean_of_squares(

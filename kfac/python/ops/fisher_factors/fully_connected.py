@@ -126,13 +126,13 @@ class FullyConnectedDiagonalFactor(diagonal.DiagonalFactor):
     def _partial_batch_size(self, source: int = 0, tower: int = 0) -> int | tf.Tensor:
         return statistics.num_rows(self._outputs_grads[source][tower])
 
-    def make_covariance_update_op(self, ema_decay: Any, ema_weight: Any) -> Any:
+    def _compute_local_new_cov(self) -> tf.Tensor:
         """See base class; squares the inputs once for all sources."""
         self._squared_inputs = []
         for tower, inputs in enumerate(self._inputs):
             with base.maybe_place_on_device(self._get_data_device(tower)):
                 self._squared_inputs.append(tf.square(tf.convert_to_tensor(inputs)))
-        return super().make_covariance_update_op(ema_decay, ema_weight)
+        return super()._compute_local_new_cov()
 
     def _compute_new_cov(self, source: int, tower: int) -> tf.Tensor:
         grads = tf.convert_to_tensor(self._outputs_grads[source][tower])

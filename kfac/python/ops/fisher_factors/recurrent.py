@@ -8,7 +8,7 @@ successive ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -20,6 +20,7 @@ from kfac.python.ops.fisher_factors import (
     statistics,
     stored,
 )
+from kfac.python.ops.utils import packing
 
 tf1 = tf.compat.v1
 
@@ -117,18 +118,29 @@ class FullyConnectedMultiKF(fully_connected.FullyConnectedKroneckerFactor):
             variables += [self._cov_dt1._var, self._cov_dt1._total_weight]
         return variables
 
-    def make_covariance_update_op(self, ema_decay: Any, ema_weight: Any) -> Any:
-        """Op that takes one step of both moving averages with this mini-batch."""
-        update = super().make_covariance_update_op(ema_decay, ema_weight)
-        if not self._wants_cov_dt1:
-            return update
-        new_cov_dt1 = self._combine_shards(self._compute_new_cov_dt1)
-        return tf.group(
-            update,
-            self._cov_dt1.add_to_average(
-                new_cov_dt1, decay=ema_decay, weight=ema_weight
-            ),
-        )
+    def new_statistics(self) -> list[tf.Tensor]:
+        """The second moment and, if it is wanted, `cov_dt1` of this mini-batch."""
+        statistics = super().new_statistics()
+        if self._wants_cov_dt1:
+            statistics.append(self._combine_shards(self._compute_new_cov_dt1))
+        return statistics
+
+    def statistics_layouts(self) -> list[packing.Layout]:
+        """`cov_dt1` is not symmetric."""
+        dt1 = [packing.Layout.FULL] if self._wants_cov_dt1 else []
+        return [*super().statistics_layouts(), *dt1]
+
+    def add_statistics(
+        self, statistics: Sequence[tf.Tensor], ema_decay: Any, ema_weight: Any
+    ) -> Any:
+        """Op that takes one step of both moving averages."""
+        new_cov, *new_cov_dt1 = statistics
+        updates = [super().add_statistics([new_cov], ema_decay, ema_weight)]
+        updates += [
+            self._cov_dt1.add_to_average(new, decay=ema_decay, weight=ema_weight)
+            for new in new_cov_dt1
+        ]
+        return tf.group(*updates)
 
     def register_option1quants(
         self, damping_func: Callable[[], Any], signed: bool = False
@@ -183,6 +195,12 @@ class FullyConnectedMultiKF(fully_connected.FullyConnectedKroneckerFactor):
     def inverse_variables(self) -> list[tf.Variable]:
         """`get_inv_vars()` without the nesting."""
         return tf.nest.flatten(self.get_inv_vars())
+
+    def inverse_layouts(self) -> list[packing.Layout]:
+        """The quantities of both options are general matrices."""
+        layouts = super().inverse_layouts()
+        others = len(self.inverse_variables()) - len(layouts)
+        return layouts + [packing.Layout.FULL] * others
 
     def get_option1quants(
         self, damping_func: Callable[[], Any]

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from kfac.python.ops import config, inverses
 from kfac.python.ops.fisher_factors import base, naming, statistics, stored
+from kfac.python.ops.utils import packing
 
 tf1 = tf.compat.v1
 
@@ -120,10 +121,16 @@ class ConvInputSUAKroneckerFactor(base.FisherFactor):
         pixels = tf.reshape(inputs, [-1, self._in_channels])
         return statistics.second_moment(pixels, has_bias=True)
 
-    def make_covariance_update_op(self, ema_decay: Any, ema_weight: Any) -> Any:
+    def statistics_layouts(self) -> list[packing.Layout]:
+        """The moment is symmetric."""
+        return [packing.Layout.SYMMETRIC]
+
+    def add_statistics(
+        self, statistics: Sequence[tf.Tensor], ema_decay: Any, ema_weight: Any
+    ) -> Any:
         """Op that takes one step of the moving averages of Σ and of μ."""
         average = self._average
-        moment = self._compute_total_new_cov()
+        (moment,) = statistics
         new_cov, new_mu = moment[:-1, :-1], moment[:-1, -1:]
         if self._subtracts_mean:
             new_cov -= tf.matmul(new_mu, new_mu, transpose_b=True)
@@ -217,6 +224,10 @@ class ConvInputSUAKroneckerFactor(base.FisherFactor):
             *self._cov_inv_mu_by_damping_id.values(),
             *self._rank_one_update_scale_by_damping_id.values(),
         ]
+
+    def inverse_flops(self) -> float:
+        """As for a dense factor: factorisation, solve and product per inverse."""
+        return len(self._matpowers) * 10 / 3 * float(self._in_channels) ** 3
 
     def make_inverse_update_ops(self) -> list[Any]:
         """Per inverse the ops for the damping, Σ⁻¹μ and the rank-one scale.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import tensorflow as tf
@@ -102,16 +102,18 @@ class PeriodicInvCovUpdateKfacOpt(optimizer.KfacOptimizer):
             )
             self.make_vars_and_create_op_thunks()
         cov_thunks, inv_thunks = self._thunks
-        updated = self._run_every(self._cov_update_every, cov_thunks)
+        updated = self._run_every(
+            self._cov_update_every,
+            lambda: self._fisher_est.covariance_update_ops(cov_thunks),
+        )
         adapted = self.maybe_pre_update_adapt_damping()
         with tf.control_dependencies([updated, adapted]):
-            inverted = self._run_every(self._invert_every, inv_thunks)
+            inverted = self._run_every(
+                self._invert_every, lambda: [thunk() for thunk in inv_thunks]
+            )
         return tf.group(updated, adapted, inverted)
 
-    def _run_every(self, period: int, thunks: list) -> tf.Operation:
-        def run():
-            return [thunk() for thunk in thunks]
-
+    def _run_every(self, period: int, run: Callable[[], list]) -> tf.Operation:
         if period == 1:
             return tf.group(run())
         return run_if(tf.equal(self.counter % period, 0), run)
@@ -180,7 +182,8 @@ class PeriodicInvCovUpdateKfacOpt(optimizer.KfacOptimizer):
         counted = utils.smart_assign(
             self._burnin_counter, 1, assign_fn=tf1.assign_add, force_sync=False
         )
-        return [thunk(should_decay=False) for thunk in cov_thunks] + [counted]
+        updates = self._fisher_est.covariance_update_ops(cov_thunks, should_decay=False)
+        return [*updates, counted]
 
 
 def _in_mirrored_replica() -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from kfac.python.ops import config
+from kfac.python.ops import config, placement_decision, state
+from kfac.python.ops.utils import collectives, packing
 
 tf1 = tf.compat.v1
 
@@ -76,7 +77,7 @@ def get_tf_replicator() -> Any:
 
 def is_tpu_replicated() -> bool:
     """Whether this is a replica of a TPU strategy."""
-    return _in_replica() and isinstance(
+    return is_in_replica() and isinstance(
         tf.distribute.get_strategy(),
         (tf.distribute.TPUStrategy, tf1.distribute.experimental.TPUStrategy),
     )
@@ -103,9 +104,14 @@ def get_replica_id() -> Any:
     replicator = get_tf_replicator()
     if replicator is not None:
         return replicator.current_replica_id
-    if not _in_replica():
+    if not is_in_replica():
         return 0
     return tf.distribute.get_replica_context().replica_id_in_sync_group
+
+
+def is_in_replica() -> bool:
+    """Whether this code builds a replica of a `tf.distribute` strategy."""
+    return tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
 
 
 def preferred_int_dtype() -> tf.DType:
@@ -113,49 +119,96 @@ def preferred_int_dtype() -> tf.DType:
     return tf.int32 if is_tpu_replicated() else tf.int64
 
 
-def _in_replica() -> bool:
-    return tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
-
-
 def all_sum(structure: Any, name: str | None = None) -> Any:
-    """Sums over replicas of all tensors of a structure, in one collective.
+    """Sums over replicas of all tensors of a structure, in one collective per dtype.
 
     Unchanged outside replicas; in cross-replica context only per-replica values are
     reduced, since a plain tensor there is one value already.
+
+    Args:
+      structure: nested structure of tensors, equal in shape on all replicas.
+      name: what it is, for the record of collectives (`collectives.record`).
     """
     replicator = get_tf_replicator()
     if replicator is not None:
         return replicator.all_sum(structure, name=name)
-    return _all_reduce(structure, tf.distribute.ReduceOp.SUM)
+    if not _in_several_replicas():
+        return _reduced_from_outside(structure, tf.distribute.ReduceOp.SUM)
+    tensors = [tf.convert_to_tensor(t) for t in tf.nest.flatten(structure)]
+    sums = collectives.sums(tensors, name or "sum")
+    return tf.nest.pack_sequence_as(structure, sums)
 
 
-def all_average(structure: Any, name: str | None = None) -> Any:
-    """Means over replicas, like `all_sum`."""
+def all_average(
+    structure: Any,
+    name: str | None = None,
+    weight: Any = None,
+    layouts: Sequence[packing.Layout] | None = None,
+) -> Any:
+    """Means over replicas, like `all_sum`.
+
+    Args:
+      structure: nested structure of floating-point tensors.
+      name: what it is.
+      weight: how much this replica counts, a nonnegative scalar: the number of cases
+        of a mean over cases. A replica of weight zero is left out whatever it
+        computed. None weights all replicas alike.
+      layouts: which entries of each (flattened) tensor have to travel.
+    """
     replicator = get_tf_replicator()
     if replicator is not None:
         sums = replicator.all_sum(structure, name=name)
         count = replicator.num_replicas_in_sync
         return tf.nest.map_structure(lambda total: total / count, sums)
-    return _all_reduce(structure, tf.distribute.ReduceOp.MEAN)
+    if not _in_several_replicas():
+        return _reduced_from_outside(structure, tf.distribute.ReduceOp.MEAN)
+    tensors = [tf.convert_to_tensor(t) for t in tf.nest.flatten(structure)]
+    name = name or "average"
+    if weight is None:
+        sums = collectives.sums(tensors, name, layouts)
+        count = get_num_replicas()
+        means = [total / tf.cast(count, total.dtype) for total in sums]
+    else:
+        means = _weighted_means(tensors, weight, name, layouts)
+    return tf.nest.pack_sequence_as(structure, means)
 
 
-def _all_reduce(structure: Any, op: tf.distribute.ReduceOp) -> Any:
-    if not tf.distribute.has_strategy():
+def _weighted_means(tensors, weight, name, layouts):
+    # The weights travel with what they weight.
+    weights = {t.dtype: tf.cast(weight, t.dtype) for t in tensors}
+    weighted = [
+        tf.where(weights[t.dtype] > 0, weights[t.dtype] * t, tf.zeros_like(t))
+        for t in tensors
+    ]
+    layouts = list(layouts or [packing.Layout.FULL] * len(tensors))
+    totals = collectives.sums(
+        [*weighted, *weights.values()],
+        name,
+        [*layouts, *(packing.Layout.FULL for _ in weights)],
+    )
+    total_weights = dict(zip(weights, totals[len(tensors) :], strict=True))
+    return [
+        tf.math.divide_no_nan(total, total_weights[total.dtype])
+        for total in totals[: len(tensors)]
+    ]
+
+
+def _in_several_replicas() -> bool:
+    return is_in_replica() and tf.distribute.get_strategy().num_replicas_in_sync > 1
+
+
+def _reduced_from_outside(structure: Any, op: tf.distribute.ReduceOp) -> Any:
+    if not (tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context()):
         return structure
     strategy = tf.distribute.get_strategy()
-    if tf.distribute.in_cross_replica_context():
-        return tf.nest.map_structure(
-            lambda value: (
-                strategy.reduce(op, value, axis=None)
-                if isinstance(value, tf.distribute.DistributedValues)
-                else value
-            ),
-            structure,
-        )
-    if strategy.num_replicas_in_sync == 1:
-        return structure
-    tensors = tf.nest.map_structure(tf.convert_to_tensor, structure)
-    return tf.distribute.get_replica_context().all_reduce(op, tensors)
+    return tf.nest.map_structure(
+        lambda value: (
+            strategy.reduce(op, value, axis=None)
+            if isinstance(value, tf.distribute.DistributedValues)
+            else value
+        ),
+        structure,
+    )
 
 
 def map_gather(thunks: Sequence[Callable[[], Any]], name: str | None = None) -> tuple:
@@ -168,6 +221,30 @@ def map_gather(thunks: Sequence[Callable[[], Any]], name: str | None = None) -> 
     if replicator is not None:
         return tuple(replicator.map_gather(thunks, name=name))
     return tuple(thunk() for thunk in thunks)
+
+
+def shared_out(
+    thunks: Sequence[Callable[[], Sequence[tf.Tensor]]],
+    specs: Sequence[Sequence[packing.Spec]],
+    costs: Sequence[float],
+    name: str,
+) -> list[list[tf.Tensor]]:
+    """What all thunks return, each computed by one replica, evened out by cost.
+
+    Outside of several replicas the thunks are simply called.
+
+    Args:
+      thunks: each returns a list of tensors.
+      specs: per thunk the specs of what it returns, which travel in one collective.
+      costs: per thunk the work it takes, in any unit.
+      name: what it is, for the record of collectives.
+    """
+    if not _in_several_replicas():
+        return [list(thunk()) for thunk in thunks]
+    owner_of = placement_decision.largest_first(
+        dict(enumerate(costs)), range(get_num_replicas())
+    )
+    return collectives.computed_by_owners(thunks, specs, owner_of, name)
 
 
 def smart_assign(
@@ -192,7 +269,7 @@ def smart_assign(
     """
     if force_cast:
         value = tf.cast(value, variable.dtype.base_dtype)
-    if not _in_replica():
+    if not is_in_replica():
         return assign_fn(variable, value)
     if force_sync and _is_mirrored():
         value = _mean_in_dtype(tf.convert_to_tensor(value))
@@ -223,7 +300,7 @@ def smart_cond(
     the first replica's predicate, and each replica's own functions run inside it.  The
     functions are then called for their effects: the result is a dummy constant.
     """
-    if not (_in_replica() and _is_mirrored()):
+    if not (is_in_replica() and _is_mirrored()):
         return tf.cond(predicate, true_fn, false_fn, name=name)
 
     def run_branch(strategy, function):
@@ -243,6 +320,8 @@ def smart_cond(
         )
 
     context = tf.distribute.get_replica_context()
+    # The branches run in threads of their own, which know no variable store.
+    true_fn, false_fn = state.carried(true_fn), state.carried(false_fn)
     return context.merge_call(merged, args=(predicate, true_fn, false_fn))
 
 
