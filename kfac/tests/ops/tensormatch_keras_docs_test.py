@@ -12,7 +12,7 @@ PAGE = pathlib.Path(__file__).parents[3] / "docs" / "keras_layers.md"
 _HEAD = """\
 # Keras layers
 
-What `auto_register_layers`, and with it the Keras optimizer, makes of Keras' layers: the
+What `auto_register_layers` (and so the Keras optimizer) makes of Keras' layers: the
 block that its parameters get by default, and whether the gradient rebuilt from what
 the block captured (inputs and output gradients) was found equal to the true one, in
 float64, which proves that coverage, scale, sharing and layout are right. Parameters
