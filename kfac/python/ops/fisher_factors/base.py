@@ -247,9 +247,7 @@ class FisherFactor(abc.ABC):
         if self.averages_by_itself:
             statistics = [self._compute_total_new_cov()]
         else:
-            statistics = utils.all_average(
-                self.new_statistics(), "statistics", layouts=self.statistics_layouts()
-            )
+            statistics = [utils.all_average(s) for s in self.new_statistics()]
         return self.add_statistics(statistics, ema_decay, ema_weight)
 
     # The same in two parts, so that the statistics of all factors can be averaged over
