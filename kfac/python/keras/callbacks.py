@@ -1,6 +1,6 @@
-"""Keras callbacks that schedule hyper-parameters batch by batch.
+"""Keras callbacks: schedules of hyper-parameters, and `CurvatureMonitor`.
 
-They work with any Keras optimizer that has the attribute, not only with `Kfac`.
+Schedules work with any Keras optimizer that has the attribute, not only with `Kfac`.
 Steps count from `optimizer.iterations - num_delay_steps`, read before each batch;
 nothing changes while that is zero or less.
 """
@@ -11,6 +11,15 @@ import abc
 from typing import Any
 
 import keras
+
+from kfac.python.keras.monitor import CurvatureMonitor
+
+__all__ = [
+    "CurvatureMonitor",
+    "ExponentialDecay",
+    "HyperparameterDecay",
+    "PolynomialDecay",
+]
 
 
 class HyperparameterDecay(keras.callbacks.Callback, abc.ABC):

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from kfac.python.keras import graph_cost
-from kfac.python.keras.layer_cost import layer_cost
+from kfac.python.keras.layer_cost import layer_costs
 from kfac.python.keras.models import PureModel
 from kfac.python.keras.registration import Registrar
 from kfac.python.ops import curvature_matrix_vector_products as products
@@ -128,9 +128,11 @@ class CostTrace:
         backward = graph_cost.behind(map(_values, signals), self._forward_ops)
         self.signals = graph_cost.flops(backward)
         cases = math.ceil(self._cov_batch_fraction * batch_size)
-        self.layers = tuple(
-            layer_cost(row, cases, variables[0].dtype.size)
-            for row in report.explain(collection)
+        self.layers = layer_costs(
+            report.explain(collection),
+            [block._factors() for block in curvature.blocks],
+            cases,
+            variables[0].dtype.size,
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from kfac.python.ops import report
 
@@ -41,35 +43,48 @@ class LayerCost:
     @property
     def matrix_sides(self) -> dict[str, int]:
         """Sides of the factors that are full matrices: "in", "out" or "both"."""
-        return matrix_sides(self.row)
+        return _matrix_sides(self.row)
 
 
-def matrix_sides(row: report.Row) -> dict[str, int]:
-    """See `LayerCost.matrix_sides`."""
-    if not _is_kronecker(row):
-        (side,) = row.factor_sides
-        return {"both": side[0]} if row.approximation == "full" else {}
-    sides = zip(("in", "out"), row.factor_sides[:2], strict=True)
-    return {role: side[0] for role, side in sides if len(side) == 2}
-
-
-def layer_cost(row: report.Row, cases: int, element_bytes: int) -> LayerCost:
-    """The cost of one row of the report.
+def layer_costs(
+    rows: Sequence[report.Row],
+    factors: Sequence[Sequence[Any]],
+    cases: int,
+    element_bytes: int,
+) -> tuple[LayerCost, ...]:
+    """The cost of every row of the report.
 
     Args:
-      row: of a block whose factors exist.
+      rows: of blocks whose factors exist.
+      factors: each block's factors. What layers share, such as the input of attention's
+        projections, is counted in the first of them, but each has its inverse (of its
+        own damping).
       cases: number of cases that statistics are taken from.
       element_bytes: size of one number.
     """
+    seen: set[int] = set()
+    found = []
+    for row, of_row in zip(rows, factors, strict=True):
+        is_new = [id(factor) not in seen for factor in of_row]
+        seen.update(map(id, of_row))
+        found.append(_layer_cost(row, is_new, cases, element_bytes))
+    return tuple(found)
+
+
+def _layer_cost(
+    row: report.Row, is_new: Sequence[bool], cases: int, element_bytes: int
+) -> LayerCost:
     parameters = sum(math.prod(shape) for shape in row.shapes)
     averaged = row.approximation == "kron_reduce"
     rows = cases * (1 if averaged or row.uses is None else row.uses)
-    sides = matrix_sides(row)
+    sides = _matrix_sides(row)
+    new_roles = dict(zip(_roles(row), is_new, strict=False))
+    new_sides = [side for role, side in sides.items() if new_roles[role]]
     patches = 0
     if _is_kronecker(row):
-        statistics = sum(2 * rows * side**2 for side in sides.values())
+        statistics = sum(2 * rows * side**2 for side in new_sides)
         applied = sum(2 * parameters * side for side in sides.values())
-        if len(row.shapes[0]) > 2:
+        if len(row.shapes[0]) > 2 and new_roles["in"]:
             patches = rows * row.factor_sides[0][0]
     elif sides:
         statistics = 2 * cases * parameters**2
@@ -77,10 +92,11 @@ def layer_cost(row: report.Row, cases: int, element_bytes: int) -> LayerCost:
     else:
         statistics = 2 * rows * parameters  # Gradients of single cases, squared.
         applied = parameters
-    in_eigenbasis = len(row.factor_sides) > 2  # The third holds its moments.
+    in_eigenbasis = len(row.factor_sides) > 2  # The third factor holds its moments.
     if in_eigenbasis:
         # Cases are rotated into the basis; gradients into it and back.
-        statistics = 2 * statistics + 2 * rows * parameters
+        rotations = sum(2 * rows * side**2 for side in sides.values())
+        statistics += rotations + 2 * rows * parameters
         applied *= 2
     # As `DenseSquareMatrixFactor.inverse_flops`, which needs variables: factorisation,
     # solve and product, or an eigendecomposition.
@@ -90,11 +106,28 @@ def layer_cost(row: report.Row, cases: int, element_bytes: int) -> LayerCost:
         statistics_flops=statistics,
         inverse_flops=sum(cubes * side**3 for side in sides.values()),
         preconditioning_flops=applied,
-        factor_bytes=row.factor_bytes,
+        factor_bytes=element_bytes
+        * sum(
+            math.prod(shape)
+            for shape, new in zip(row.factor_sides, is_new, strict=True)
+            if new
+        ),
         inverse_bytes=element_bytes * sum(side**2 for side in sides.values()),
         statistics_bytes=element_bytes * patches,
     )
 
 
+def _matrix_sides(row: report.Row) -> dict[str, int]:
+    if not _is_kronecker(row):
+        (side,) = row.factor_sides
+        return {"both": side[0]} if row.approximation == "full" else {}
+    sides = zip(_roles(row), row.factor_sides[:2], strict=True)
+    return {role: side[0] for role, side in sides if len(side) == 2}
+
+
 def _is_kronecker(row: report.Row) -> bool:
     return len(row.factor_sides) > 1
+
+
+def _roles(row: report.Row) -> tuple[str, ...]:
+    return ("in", "out") if _is_kronecker(row) else ("both",)

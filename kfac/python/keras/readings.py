@@ -1,0 +1,166 @@
+"""Reads what a `Kfac` optimizer knows from its state variables, on the host.
+
+Nothing here adds an op to the training step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+_MOMENT = "/cov/var"
+_FALLBACKS = "/fallbacks"
+_SCOPE = "FisherEstimator/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """How the eigenvalues of one factor are spread.
+
+    Attributes:
+      side: number of eigenvalues.
+      condition: largest over smallest eigenvalue, where eigenvalues below the
+        precision of the stored matrix count as that precision.
+      effective_rank: exponential of the entropy of the normalised eigenvalues, from 1
+        to `side` (Roy & Vetterli, "The effective rank", EUSIPCO 2007).
+    """
+
+    side: int
+    condition: float
+    effective_rank: float
+
+    @property
+    def rank_share(self) -> float:
+        """Effective rank over side, in (0, 1]."""
+        return self.effective_rank / self.side
+
+
+def spectrum(moment: np.ndarray) -> Spectrum:
+    """The spectrum of a second moment: a matrix, or the diagonal of one.
+
+    Args:
+      moment: `[side, side]` symmetric, or of any other shape for a diagonal; any
+        positive multiple gives the same result.
+
+    Returns:
+      NaN for the figures of a matrix that is zero or not finite.
+    """
+    is_matrix = moment.ndim == 2 and moment.shape[0] == moment.shape[1]
+    side = moment.shape[0] if is_matrix else moment.size
+    if not np.all(np.isfinite(moment)) or not np.any(moment):
+        return Spectrum(side, np.nan, np.nan)
+    precision = np.finfo(moment.dtype).eps
+    values = moment.astype(np.float64)
+    eigenvalues = np.linalg.eigvalsh(values) if is_matrix else np.sort(values.ravel())
+    largest = eigenvalues[-1]
+    eigenvalues = np.maximum(eigenvalues, precision * largest)
+    shares = eigenvalues / eigenvalues.sum()
+    entropy = -np.sum(shares * np.log(shares))
+    return Spectrum(side, float(largest / eigenvalues[0]), float(np.exp(entropy)))
+
+
+class Readings:
+    """Current values of an optimizer's state.
+
+    Args:
+      optimizer: a `Kfac`, or the `LossScaleOptimizer` around one.
+
+    Raises:
+      ValueError: it is another optimizer.
+    """
+
+    def __init__(self, optimizer: Any):
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        if not hasattr(optimizer, "mutable_hyperparameters"):
+            raise ValueError(
+                "Only kfac.keras.optimizers.Kfac has a curvature to look at, got "
+                f"{type(optimizer).__name__}."
+            )
+        self._optimizer = optimizer
+
+    @property
+    def iterations(self) -> int:
+        """Steps taken so far."""
+        return int(to_number(self._optimizer.iterations))
+
+    @property
+    def steps(self) -> int:
+        """Steps of K-FAC, by which its schedule goes.
+
+        Fewer than `iterations` where gradients are accumulated.
+        """
+        return int(to_number(self._state().get("counter", 0)))
+
+    def scalars(self) -> dict[str, float]:
+        """Damping, learning rate and number of fallbacks; what else is adapted.
+
+        That is `rho` with an adapted damping, and `momentum` with a quadratic model.
+        What the optimizer has not computed yet is NaN.
+        """
+        mutable = self._optimizer.mutable_hyperparameters
+        values = {
+            "damping": self._scalar("damping", "damping"),
+            "learning_rate": self._scalar("learning_rate", "qmodel_learning_rate"),
+            "fallbacks": float(sum(self.fallbacks().values())),
+        }
+        if "damping" not in mutable:
+            values["rho"] = to_number(self._state().get("rho", np.nan))
+        if "learning_rate" not in mutable:
+            values["momentum"] = self._scalar("momentum", "qmodel_momentum")
+        return values
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """Second moments by factor, up to a positive multiple each."""
+        return {
+            name.removesuffix(_MOMENT): to_array(variable)
+            for name, variable in self._factor_state().items()
+            if name.endswith(_MOMENT)
+        }
+
+    def fallbacks(self) -> dict[str, int]:
+        """By factor, how many of its inverses had to be replaced."""
+        return {
+            name.removesuffix(_FALLBACKS): int(to_number(variable))
+            for name, variable in self._factor_state().items()
+            if name.endswith(_FALLBACKS)
+        }
+
+    def _scalar(self, name: str, state_name: str) -> float:
+        """A hyper-parameter, or what the optimizer adapts in its place."""
+        optimizer = self._optimizer
+        if name not in optimizer.mutable_hyperparameters:
+            return to_number(self._state().get(state_name, np.nan))
+        value = getattr(optimizer, name)
+        if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+            value = value(optimizer.iterations)
+        return to_number(value)
+
+    def _state(self) -> Mapping[str, Any]:
+        """State of the optimizer proper, by name."""
+        return {
+            name.partition("/")[2]: variable
+            for name, variable in self._optimizer._store.named_variables().items()
+        }
+
+    def _factor_state(self) -> Mapping[str, Any]:
+        """State of the factors, by `<factor>/<name>`."""
+        return {
+            name.removeprefix(_SCOPE): variable
+            for name, variable in self._state().items()
+            if name.startswith(_SCOPE)
+        }
+
+
+def to_array(value: Any) -> np.ndarray:
+    """A variable, tensor or number as an array; of a replicated one the first copy."""
+    values = getattr(value, "values", None)
+    return keras.ops.convert_to_numpy(values[0] if values else value)
+
+
+def to_number(value: Any) -> float:
+    """A scalar variable, tensor or number as a Python float."""
+    return float(to_array(value))
