@@ -19,7 +19,7 @@ import tensorflow as tf
 from absl import flags
 
 import kfac
-from kfac.examples import datasets, exact_fisher, layers, program, reporting, training
+from kfac.examples import dense_network, exact_fisher, program, reporting
 from kfac.python.ops import curvature_operator, estimator
 
 FLAGS = flags.FLAGS
@@ -37,26 +37,6 @@ SIDE = 7
 CLASSES = 10
 # Name in the table -> approximation of registrations.
 APPROXIMATIONS = {"K-FAC": "kron", "EKFAC": "ekfac", "diagonal": "diagonal"}
-
-
-class Network(tf.Module):
-    """Dense tanh network with logits as outputs."""
-
-    def __init__(self, widths: Sequence[int], seed: int = 0):
-        super().__init__(name="network")
-        rng = np.random.default_rng(seed)
-        self.layers = [
-            layers.Dense(rng, d_in, d_out, name=f"layer_{i + 1}")
-            for i, (d_in, d_out) in enumerate(zip(widths[:-1], widths[1:], strict=True))
-        ]
-
-    def __call__(self, images: tf.Tensor) -> tuple[tf.Tensor, list[layers.Call]]:
-        """Maps images `[batch, 49]` to logits `[batch, 10]` and the layers' calls."""
-        activations, calls = images, []
-        for layer in self.layers:
-            pre_activations = layer(activations, calls)
-            activations = tf.tanh(pre_activations)
-        return pre_activations, calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,40 +67,8 @@ def pooled(images: np.ndarray) -> np.ndarray:
     return cells.mean(axis=(2, 4)).reshape(len(images), -1)
 
 
-def train(
-    network: Network,
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    num_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int = 0,
-) -> float:
-    """Trains with Adam; returns the last mini-batch loss."""
-
-    def loss_fn(x, y):
-        logits, _ = network(x)
-        return tf.reduce_mean(
-            tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits)
-        )
-
-    step = training.first_order_step(
-        "adam",
-        learning_rate,
-        loss_fn,
-        network.trainable_variables,
-        [tf.TensorSpec([None, SIDE**2]), tf.TensorSpec([None], tf.int32)],
-    )
-    loss = float("nan")
-    batches = datasets.batches(len(images), batch_size, seed)
-    for _, rows in zip(range(num_steps), batches, strict=False):
-        loss = float(step(tf.constant(images[rows]), tf.constant(labels[rows]))["loss"])
-    return loss
-
-
 def layer_statistics(
-    network: Network, images: np.ndarray, labels: np.ndarray
+    network: dense_network.Network, images: np.ndarray, labels: np.ndarray
 ) -> tuple[list[exact_fisher.LayerStatistics], list[exact_fisher.LayerStatistics]]:
     """Per layer the statistics of the Fisher and of the empirical Fisher matrix."""
 
@@ -157,7 +105,10 @@ def layer_statistics(
 
 
 def approximate_blocks(
-    network: Network, images: np.ndarray, approximation: str, damping: float
+    network: dense_network.Network,
+    images: np.ndarray,
+    approximation: str,
+    damping: float,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Per layer the library's block and its damped inverse, of exact statistics."""
     store = kfac.state.VariableStore()
@@ -200,7 +151,10 @@ def approximate_blocks(
 
 
 def measure(
-    network: Network, images: np.ndarray, labels: np.ndarray, damping: float
+    network: dense_network.Network,
+    images: np.ndarray,
+    labels: np.ndarray,
+    damping: float,
 ) -> tuple[list[Quality], list[tuple[str, float, float, float]]]:
     """Compares all approximations of all layers.
 
@@ -296,8 +250,10 @@ def main(argv: list[str]) -> None:
     del argv
     data = program.load_data()
     images = pooled(data.x_train)
-    network = Network([SIDE**2, *program.hidden_widths(), CLASSES], FLAGS.seed)
-    loss = train(
+    network = dense_network.Network(
+        [SIDE**2, *program.hidden_widths(), CLASSES], FLAGS.seed
+    )
+    loss = dense_network.train(
         network,
         images,
         data.y_train,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kfac.examples import datasets, exact_fisher, fisher_quality
+from kfac.examples import datasets, dense_network, exact_fisher, fisher_quality
 from kfac.tests import oracle
 
 DAMPING = 0.02
@@ -16,8 +16,8 @@ def data():
 @pytest.fixture(scope="module")
 def measured(data):
     images = fisher_quality.pooled(data.x_train[:400])
-    network = fisher_quality.Network([49, 5, 10], seed=1)
-    loss = fisher_quality.train(
+    network = dense_network.Network([49, 5, 10], seed=1)
+    loss = dense_network.train(
         network,
         images,
         data.y_train[:400],
