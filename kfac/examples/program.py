@@ -63,6 +63,18 @@ def hidden_widths() -> list[int]:
         raise app.UsageError(f"--hidden_widths: {error}; expected integers.") from None
 
 
+def optimizers() -> list[str]:
+    """`--optimizer`.
+
+    Raises:
+      app.UsageError: unknown optimizer.
+    """
+    unknown = sorted(set(FLAGS.optimizer) - set(OPTIMIZERS))
+    if unknown:
+        raise app.UsageError(f"--optimizer: unknown {unknown}; expected {OPTIMIZERS}.")
+    return FLAGS.optimizer
+
+
 def train_each(
     make_run: Callable[[str], training.Run],
     make_batches: Callable[[], Iterator[Sequence[np.ndarray]]] = (
@@ -78,14 +90,11 @@ def train_each(
     Raises:
       app.UsageError: unknown optimizer.
     """
-    unknown = sorted(set(FLAGS.optimizer) - set(OPTIMIZERS))
-    if unknown:
-        raise app.UsageError(f"--optimizer: unknown {unknown}; expected {OPTIMIZERS}.")
     steps, seconds = FLAGS.train_steps, FLAGS.train_seconds
     if steps is None and seconds is None:
         steps = 300
     histories = []
-    for name in FLAGS.optimizer:
+    for name in optimizers():
         tf.random.set_seed(FLAGS.seed)
         with tf.device(FLAGS.device):
             run = make_run(name)
