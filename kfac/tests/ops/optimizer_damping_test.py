@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kfac.python.ops import state
+from kfac.python.ops import layer_collection, optimizer, state
 from kfac.python.ops.optimizer import damping as damping_adaptation
 from kfac.tests import graph_kinds
 from kfac.tests.ops import optimizer_cases
@@ -151,6 +151,26 @@ def test_what_the_adaptation_lacks_is_named(missing, said):
         )
         with pytest.raises(ValueError, match=said):
             opt.minimize(model.loss)
+
+
+def test_losses_from_elsewhere_replace_loss_fn_and_batch():
+    class TwoLosses(optimizer.KfacOptimizer):
+        def _get_prev_loss(self):
+            return tf.constant(2.0)
+
+        def _get_current_loss(self):
+            return tf.constant(1.0)
+
+    with tf.Graph().as_default(), tf1.Session() as session:
+        collection = layer_collection.LayerCollection()
+        opt = TwoLosses(0.1, 0.2, collection, adapt_damping=True)
+        with tf.control_dependencies([opt._qmodel_change.assign(-1.0)]):
+            update = opt._update_damping()
+        session.run(tf1.global_variables_initializer())
+        session.run(update)
+        # rho = (1 - 2) / -1 is above 3/4: the damping falls by 0.95 per step of five.
+        assert session.run(opt.rho) == 1.0
+        np.testing.assert_allclose(session.run(opt.damping), 0.2 * 0.95**5, rtol=1e-6)
 
 
 def test_a_missing_loss_is_named():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kfac.python.ops import config, optimizer
+from kfac.python.ops import config, layer_collection, optimizer
 from kfac.tests import graph_kinds
 from kfac.tests.ops import kfac_oracle, optimizer_cases
 from kfac.tests.ops.optimizer_cases import make_base_optimizer
@@ -269,6 +269,20 @@ def test_a_step_without_curvature_variables_says_what_to_call():
         opt = make_base_optimizer(model)
         with pytest.raises(ValueError, match="make_vars_and_create_op_thunks"):
             opt.minimize(model.loss)
+
+
+def test_a_step_may_be_taken_with_another_preconditioner():
+    class Doubling(optimizer.KfacOptimizer):
+        def _multiply_preconditioner(self, vecs_and_vars):
+            return [(2 * vec, var) for vec, var in vecs_and_vars]
+
+    with tf.Graph().as_default(), tf1.Session() as session:
+        x = tf1.get_variable("x", initializer=[3.0])
+        opt = Doubling(0.1, 0.2, layer_collection.LayerCollection(), momentum=0.5)
+        step = opt.apply_gradients([(tf.constant([1.0]), x)])
+        session.run(tf1.global_variables_initializer())
+        session.run(step)
+        np.testing.assert_allclose(session.run(x), [2.8], rtol=1e-6)
 
 
 def test_the_settings_are_read_when_the_graph_is_built():

@@ -208,27 +208,28 @@ class FisherEstimator(abc.ABC):
         L⁻ᵀ times standard normal noise has the inverse damped block as covariance.
         """
         return self._transform(
-            lambda block, vector: block.multiply_cholesky_inverse(
-                vector, transpose=transpose
-            ),
+            lambda block, v: block.multiply_cholesky_inverse(v, transpose=transpose),
             vecs_and_vars,
         )
 
     def _transform(
         self, product: Callable[[Any, Any], Any], vecs_and_vars: VectorsAndVariables
     ) -> list[tuple[Any, Any]]:
+        if not self.factors:
+            raise ValueError(
+                "The curvature has no variables yet; call "
+                "make_vars_and_create_op_thunks() and run its updates, or use "
+                "PeriodicInvCovUpdateKfacOpt."
+            )
         vecs_and_vars = list(vecs_and_vars)
         vectors = utils.SequenceDict((var, vec) for vec, var in vecs_and_vars)
         params_list, thunks = [], []
         for params, block in self._layers.fisher_blocks.items():
             params_list.append(params)
             thunks.append(lambda b=block, v=vectors[params]: product(b, v))
+        products = self._place_and_compute_transformation_thunks(thunks, params_list)
         results = utils.SequenceDict()
-        for params, result in zip(
-            params_list,
-            self._place_and_compute_transformation_thunks(thunks, params_list),
-            strict=True,
-        ):
+        for params, result in zip(params_list, products, strict=True):
             results[params] = result
         return [(results[var], var) for _, var in vecs_and_vars]
 
@@ -252,8 +253,7 @@ class FisherEstimator(abc.ABC):
         """All state, each once: moving averages and weights, inverses, counters."""
         found = []
         for factor in self.factors:
-            found.extend(factor.cov_variables())
-            found.extend(factor.inverse_variables())
+            found += [*factor.cov_variables(), *factor.inverse_variables()]
             if factor.fallbacks is not None:
                 found.append(factor.fallbacks)
         # An average that an inverse update changes, too, is in both lists.

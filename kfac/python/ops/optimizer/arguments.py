@@ -138,16 +138,6 @@ def check_gradients(grads_and_vars: Sequence[tuple[Any, Any]]) -> None:
         )
 
 
-def check_factors(factors: Sequence[Any]) -> None:
-    """Raises `ValueError` if there are none to precondition with yet."""
-    if not factors:
-        raise ValueError(
-            "The preconditioner has no variables yet; call "
-            "make_vars_and_create_op_thunks() and run its updates, or use "
-            "PeriodicInvCovUpdateKfacOpt."
-        )
-
-
 def _static_number(value: Any) -> float | None:
     """The value of a number or constant tensor; None if it is known only later."""
     if isinstance(value, tf.Variable):

@@ -109,7 +109,6 @@ class DampingAdaptationMixin:
 
     def _update_damping(self) -> tf.Operation:
         """Compares losses, writes the damping and rho."""
-        self._check_loss_fn()
         damping, rho = levenberg_marquardt.adapt(
             self._damping.read_value(),
             self._get_prev_loss(),
@@ -129,44 +128,39 @@ class DampingAdaptationMixin:
         return self._prev_loss.read_value()
 
     def _get_current_loss(self) -> tf.Tensor:
-        """The loss on the same data after the update, averaged over replicas."""
-        batch = (
-            self._train_batch
-            if self._update_damping_immediately
-            else self._prev_train_batch
-        )
-        return self._average(self._loss_fn(batch), "loss")
+        """The loss on the same data after the update, averaged over replicas.
 
-    def _loss_before_update(self) -> tf.Tensor:
-        if self._use_passed_loss:
-            return self._average(self._loss_tensor, "loss")
-        return self._average(self._loss_fn(self._train_batch), "loss")
-
-    @property
-    def _adapts_damping_here(self) -> bool:
-        return self._adapt_damping and self._is_chief
-
-    def _check_damping_inputs(self) -> None:
-        """Raises `ValueError` if something that the adaptation evaluates is missing."""
-        if not self._adapts_damping_here:
-            return
-        self._check_loss_fn()
-        if self._use_passed_loss and self._loss_tensor is None:
-            raise ValueError(
-                "adapt_damping needs the loss before the step: use minimize(loss), "
-                "call set_loss(loss), or pass use_passed_loss=False."
-            )
-
-    def _check_loss_fn(self) -> None:
-        if self._loss_fn is None:
-            raise ValueError(
-                "adapt_damping compares the loss before and after a step and needs "
-                "loss_fn, a function of a batch that returns the scalar loss."
-            )
+        Raises:
+          ValueError: `loss_fn` or its batch is missing.
+        """
         name = "train_batch" if self._update_damping_immediately else "prev_train_batch"
-        if getattr(self, f"_{name}") is None:
+        batch = getattr(self, f"_{name}")
+        if batch is None:
             raise ValueError(
                 f"adapt_damping with update_damping_immediately="
                 f"{self._update_damping_immediately} evaluates loss_fn({name}), but "
                 f"{name} is None."
             )
+        return self._evaluated_loss(batch)
+
+    def _loss_before_update(self) -> tf.Tensor:
+        if not self._use_passed_loss:
+            return self._evaluated_loss(self._train_batch)
+        if self._loss_tensor is None:
+            raise ValueError(
+                "adapt_damping needs the loss before the step: use minimize(loss), "
+                "call set_loss(loss), or pass use_passed_loss=False."
+            )
+        return self._average(self._loss_tensor, "loss")
+
+    def _evaluated_loss(self, batch: Any) -> tf.Tensor:
+        if self._loss_fn is None:
+            raise ValueError(
+                "adapt_damping compares the loss before and after a step and needs "
+                "loss_fn, a function of a batch that returns the scalar loss."
+            )
+        return self._average(self._loss_fn(batch), "loss")
+
+    @property
+    def _adapts_damping_here(self) -> bool:
+        return self._adapt_damping and self._is_chief

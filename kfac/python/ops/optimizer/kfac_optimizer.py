@@ -409,8 +409,6 @@ class KfacOptimizer(
         arguments.check_graph_mode("apply_gradients")
         grads_and_vars = tuple(grads_and_vars)
         arguments.check_gradients(grads_and_vars)
-        self._check_preconditioner()
-        self._check_damping_inputs()
         with tf.control_dependencies([self._maybe_update_prev_loss()]):
             steps = self._compute_raw_update_steps(grads_and_vars)
             if self._use_weight_decay:
@@ -428,10 +426,6 @@ class KfacOptimizer(
             )
         self._last_train_op = tf.group(counted)
         return self._last_train_op
-
-    def _check_preconditioner(self) -> None:
-        """Raises `ValueError` if there is nothing to precondition with yet."""
-        arguments.check_factors(self.factors)
 
     @staticmethod
     def _scale_loss(loss_value: tf.Tensor) -> tf.Tensor:
