@@ -8,6 +8,7 @@ process does many jobs.  Prints "FOUND" and a JSON object name -> result.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
@@ -166,11 +167,59 @@ class Trainer:
         }
 
 
+class ExecutedWork:
+    """Counts factorisations and collectives when they are executed, not when built.
+
+    Attributes:
+      cubes: per replica the sum of n^3 over executed Cholesky factorisations.
+      collectives: purpose -> `[number, bytes]` of replica 0.
+    """
+
+    def __init__(self, replicas: int):
+        self.cubes = [0] * max(replicas, 1)
+        self.collectives: dict[str, list[int]] = {}
+
+    @contextlib.contextmanager
+    def counted(self):
+        cholesky, all_reduce = tf.linalg.cholesky, collectives._all_reduce
+
+        def counting_cholesky(matrix, *args, **kwargs):
+            replica = collectives.static_replica_id() if self.cubes[1:] else 0
+            size = matrix.shape[-1]
+
+            def note():
+                self.cubes[replica] += size**3
+                return np.int64(0)
+
+            with tf.control_dependencies([tf.numpy_function(note, [], tf.int64)]):
+                return cholesky(tf.identity(matrix), *args, **kwargs)
+
+        def counting_all_reduce(tensors, purpose):
+            size = sum(t.shape.num_elements() * t.dtype.size for t in tensors)
+
+            def note():
+                number = self.collectives.setdefault(purpose, [0, size])
+                number[0] += 1
+                return np.int64(0)
+
+            if collectives.static_replica_id() > 0:
+                return all_reduce(tensors, purpose)
+            with tf.control_dependencies([tf.numpy_function(note, [], tf.int64)]):
+                return all_reduce([tf.identity(t) for t in tensors], purpose)
+
+        tf.linalg.cholesky = counting_cholesky
+        collectives._all_reduce = counting_all_reduce
+        try:
+            yield self
+        finally:
+            tf.linalg.cholesky = cholesky
+            collectives._all_reduce = all_reduce
+
+
 def train(replicas: int, steps: int = 50, collective=False, **options) -> dict:
     trainer = Trainer(mirrored(replicas, collective), **options)
-    with collectives.record() as built:
-        trainer.step(trainer.batches)
-    trainer.run(steps - 1)
+    with ExecutedWork(replicas).counted() as work:
+        trainer.run(steps)
     copies = trainer.parameters()
     state = {name: [repr(c) for c in of] for name, of in trainer.state().items()}
     return {
@@ -179,7 +228,8 @@ def train(replicas: int, steps: int = 50, collective=False, **options) -> dict:
         and all(c == of[0] for of in state.values() for c in of),
         "damping": state.get("KFAC/damping", ["[0.0]"])[0],
         "traces": trainer.trace_count,
-        "collectives": [[c.purpose, c.num_bytes] for c in built if c.replica == 0],
+        "cubes": work.cubes,
+        "collectives": work.collectives,
     }
 
 
