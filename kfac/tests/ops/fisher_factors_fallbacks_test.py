@@ -1,9 +1,12 @@
 """What dense factors serve when a matrix cannot be inverted."""
 
+import unittest.mock
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from kfac.python.ops import config
 from kfac.tests.ops.fisher_factor_cases import damping_func
 from kfac.tests.ops.fisher_factor_dummy import Dummy
 
@@ -99,6 +102,31 @@ def test_without_statistics_inverses_keep_their_values_and_nothing_is_counted():
     np.testing.assert_allclose(value, np.eye(2) / 1.5)
     assert fallbacks == 0
     session.close()
+
+
+def test_an_average_that_is_not_debiased_is_inverted_from_the_start():
+    # It holds what it is meant to hold, zeros; only 0 / 0 is no statistic.
+    with config.override(zero_debias=False):
+        factor, _, session, ops = failing_factor(KINDS["inverse"])
+    session.run(ops)
+    inverse, fallbacks = session.run([factor.get_inv_vars()[0], factor.fallbacks])
+    np.testing.assert_allclose(inverse, 2 * np.eye(2))
+    assert fallbacks == 0
+    session.close()
+
+
+def test_anything_with_a_value_may_stand_for_the_average():
+    factor = Dummy((2, 2))
+    # A mock has every attribute, also those of a debiased average.
+    factor._cov = unittest.mock.MagicMock(value=tf.zeros([2, 2], tf.float64))
+    KINDS["inverse"](factor)
+    factor.instantiate_inv_variables()
+    ops = factor.make_inverse_update_ops()
+    with tf1.Session() as session:
+        session.run(tf1.global_variables_initializer())
+        session.run(ops)
+        inverse = session.run(factor.get_inv_vars()[0])
+    np.testing.assert_allclose(inverse, 2 * np.eye(2))
 
 
 def test_statistics_that_are_all_zero_are_statistics():

@@ -74,13 +74,20 @@ class InverseStore:
         }
 
     def has_statistics(self, cov: tf.Tensor) -> tf.Tensor:
-        """Whether the running average holds anything, so that it may be inverted."""
-        total_weight = getattr(self._factor._cov, "_total_weight", None)
-        if total_weight is None:
+        """Whether the running average holds anything, so that it may be inverted.
+
+        An average that is not debiased means what it holds from the start, zeros too;
+        so does whatever else somebody has put in the average's place.
+        """
+        average = self._factor._cov
+        if not (
+            isinstance(average, utils.MovingAverageVariable)
+            and average._normalize_value
+        ):
             return tf.constant(True)
         # Somebody may have set the average without its weight.
         return tf.logical_or(
-            tf.greater(total_weight, 0), tf.reduce_any(tf.not_equal(cov, 0))
+            tf.greater(average._total_weight, 0), tf.reduce_any(tf.not_equal(cov, 0))
         )
 
     def refresh(
