@@ -113,6 +113,17 @@ def test_operators_are_the_dense_matrix_its_damped_form_and_the_exact_inverse(
         np.testing.assert_allclose(trace, np.trace(want), rtol=1e-9)
 
 
+def test_make_cov_linear_operator_takes_an_optional_damping():
+    factor = make("with mean", True)
+    operators = [
+        factor._make_cov_linear_operator(),
+        factor._make_cov_linear_operator(damping=0.3),
+    ]
+    undamped, damped = run(factor, [operator.to_dense() for operator in operators])
+    np.testing.assert_allclose(undamped, dense_matrix("with mean", True))
+    np.testing.assert_allclose(damped, undamped + 0.3 * np.eye(len(undamped)))
+
+
 @pytest.mark.parametrize("dtype", [tf.float32, tf.float64])
 def test_operators_have_the_dtype_of_the_data(dtype):
     factor = make("with mean", True, dtype=dtype)

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from kfac.python.ops import config, inverses
 from kfac.python.ops.fisher_factors import base, naming, statistics, stored
+from kfac.python.ops.rules import scalars
 from kfac.python.ops.utils import packing
 
 tf1 = tf.compat.v1
@@ -280,7 +281,7 @@ class ConvInputSUAKroneckerFactor(base.FisherFactor):
 
     def get_cov_as_linear_operator(self) -> tf.linalg.LinearOperator:
         """F as an operator, read afresh, undamped."""
-        return self._undamped_plus(tf.zeros([], self._dtype))
+        return self._make_cov_linear_operator()
 
     def get_matpower(
         self, exp: float, damping_func: Callable[[], Any]
@@ -295,7 +296,7 @@ class ConvInputSUAKroneckerFactor(base.FisherFactor):
         """
         _check_exponent(exp)
         if exp == 1:
-            return self._undamped_plus(self._damping(damping_func))
+            return self._make_cov_linear_operator(self._damping(damping_func))
         damping_id = naming.graph_func_to_id(damping_func)
         inverse = self._store.lookup(
             self._matpower_by_exp_and_damping, (exp, damping_id), "matrix power"
@@ -318,8 +319,11 @@ class ConvInputSUAKroneckerFactor(base.FisherFactor):
         """`(F + damping I)^-1` as of the last inverse update."""
         return self.get_matpower(-1, damping_func)
 
-    def _undamped_plus(self, damping: tf.Tensor) -> tf.linalg.LinearOperator:
-        """`F + damping I`."""
+    def _make_cov_linear_operator(
+        self, damping: Any = None
+    ) -> tf.linalg.LinearOperator:
+        """`F + damping I`, read afresh; no damping if it is None."""
+        damping = scalars.cast(0 if damping is None else damping, self._dtype)
         cov = self.cov
         damped = tf.linalg.set_diag(cov, tf.linalg.diag_part(cov) + damping)
         if self._zero_mean:
