@@ -2,7 +2,7 @@
 
     python -m kfac.examples.convnet --optimizer=kfac,adam
     python -m kfac.examples.convnet --mode=async
-    python -m kfac.examples.convnet --mode=chief_worker --num_workers=2
+    python -m kfac.examples.convnet --mode=chief_worker --num_threads=2
 
 The last two share the work of K-FAC among threads of a TensorFlow 1 session, see
 `kfac.examples.convnet_distributed`.
@@ -31,7 +31,7 @@ flags.DEFINE_enum(
     "model trains; chief_worker: workers compute gradients, a chief does the rest.",
 )
 flags.DEFINE_list("filters", [16, 32, 32], "Filters of each convolution.")
-flags.DEFINE_integer("num_workers", 2, "Threads that help, in the other modes.")
+flags.DEFINE_integer("num_threads", 2, "Threads that help, in the other modes.")
 
 DEFAULTS = {
     "batch_size": 250,
@@ -60,9 +60,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(
             f"--mode={FLAGS.mode} is for --optimizer=kfac with a fixed damping only."
         )
-    if FLAGS.num_workers < 1:
+    if FLAGS.num_threads < 1:
         raise app.UsageError(
-            f"--num_workers: at least 1 is needed, got {FLAGS.num_workers}."
+            f"--num_threads: at least 1 is needed, got {FLAGS.num_threads}."
         )
     data = program.load_data()
     start = convnet_distributed.MODES[FLAGS.mode]
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
             classification.KfacSettings.from_flags(),
             batch_size=FLAGS.batch_size,
             eval_size=FLAGS.eval_size,
-            num_workers=FLAGS.num_workers,
+            num_workers=FLAGS.num_threads,
             device=FLAGS.device,
         )
 

@@ -19,8 +19,12 @@ flags.DEFINE_enum("dataset", "mnist", datasets.DATASETS, "Data set.")
 flags.DEFINE_string("data_dir", None, "Folder with the full data (idx or npz files).")
 flags.DEFINE_bool("download", False, "Fetch the full data set with keras.datasets.")
 flags.DEFINE_integer("seed", 0, "Seed of initialisation, batches and samples.")
-flags.DEFINE_integer("train_steps", None, "Updates an optimizer; 300 if unlimited.")
-flags.DEFINE_float("train_seconds", None, "Training seconds an optimizer.")
+flags.DEFINE_integer("train_steps", 300, "Updates an optimizer.")
+flags.DEFINE_float(
+    "train_seconds",
+    None,
+    "Training seconds an optimizer; with it, a limit of updates only if one is given.",
+)
 flags.DEFINE_integer("batch_size", 1024, "Batch size, or the first one of a schedule.")
 flags.DEFINE_list("hidden_widths", [], "Widths of the hidden dense layers.")
 flags.DEFINE_float("l2_reg", 0.0, "Coefficient of half the squared parameter norm.")
@@ -91,8 +95,8 @@ def train_each(
       app.UsageError: unknown optimizer.
     """
     steps, seconds = FLAGS.train_steps, FLAGS.train_seconds
-    if steps is None and seconds is None:
-        steps = 300
+    if seconds is not None and FLAGS["train_steps"].using_default_value:
+        steps = None
     histories = []
     for name in optimizers():
         tf.random.set_seed(FLAGS.seed)

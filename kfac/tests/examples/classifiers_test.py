@@ -161,7 +161,7 @@ def test_other_modes_are_for_kfac_with_fixed_damping(mode):
 
 def test_other_modes_need_a_worker():
     with (
-        example_runs.with_flags(convnet, mode="chief_worker", num_workers=0),
-        pytest.raises(app.UsageError, match="num_workers"),
+        example_runs.with_flags(convnet, mode="chief_worker", num_threads=0),
+        pytest.raises(app.UsageError, match="num_threads"),
     ):
         convnet.main([])

@@ -1,5 +1,8 @@
 """Flags that all examples share, and what is done for each optimizer."""
 
+import itertools
+import time
+
 import numpy as np
 import pytest
 from absl import app, flags
@@ -33,10 +36,22 @@ def test_every_optimizer_gets_the_same_batches_and_is_closed():
     assert [history.name for history in histories] == ["kfac", "adam"]
 
 
-def test_without_limits_there_are_300_updates():
-    with example_runs.with_flags(None, train_steps=None, train_seconds=None):
+def updates(**limits):
+    now = itertools.count()  # Every look at the clock takes a second.
+    with (
+        pytest.MonkeyPatch.context() as patches,
+        example_runs.with_flags(None, **limits),
+    ):
+        patches.setattr(time, "perf_counter", lambda: float(next(now)))
         (history,) = program.train_each(lambda name: run_of({}, name))
-    assert history.updates[-1] == 300
+    return history.updates[-1]
+
+
+def test_seconds_replace_the_default_number_of_updates():
+    assert updates() == 300
+    assert updates(train_seconds=1000.0) > 300
+    assert updates(train_steps=5, train_seconds=1000.0) == 5
+    assert updates(train_steps=1000, train_seconds=10.0) < 300
 
 
 def test_a_failed_run_is_closed_too():
