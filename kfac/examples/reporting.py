@@ -7,8 +7,6 @@ import pathlib
 import time
 from collections.abc import Mapping, Sequence
 
-from absl import logging
-
 # Columns of text where the output is not a terminal.
 _PLAIN_WIDTH = 100
 
@@ -151,14 +149,23 @@ def plot(
             axis.set_xlabel(axis_label)
             axis.grid(alpha=0.3, which="both")
             if log_scale:
-                axis.set_yscale("log")
+                _make_logarithmic(axis)
         row[0].set_ylabel(label)
         row[0].legend()
     figure.suptitle(title)
     figure.tight_layout()
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110)
+    figure.savefig(target, dpi=80, pil_kwargs={"optimize": True})
     pyplot.close(figure)
-    logging.info("Wrote %s", target)
     print(f"Plot: {target}")
+
+
+def _make_logarithmic(axis) -> None:
+    """Log scale with plain numbers at 1, 2 and 5, also within one decade."""
+    from matplotlib import ticker
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
