@@ -15,6 +15,8 @@ import tensorflow as tf
 
 _IDENTITY_TYPES = frozenset(("Identity", "ReadVariableOp", "Enter", "IdentityN"))
 _VARIABLE_PRODUCERS = ("VarHandleOp", "Placeholder")
+# Operations that take a variable, but not its value.
+_UPKEEP_PREFIXES = ("Assign", "VarIsInitialized", "IsVariableInitialized")
 
 
 def is_op(node: Any) -> bool:
@@ -182,7 +184,10 @@ def _variable_consumers(variable: tf.Variable) -> list[tf.Operation]:
         for op in pending.pop(0).consumers():
             if is_identity(op):
                 pending.extend(op.outputs)
-            elif not any(op is other for other in consumers):
+            elif not (
+                op.type.startswith(_UPKEEP_PREFIXES)
+                or any(op is other for other in consumers)
+            ):
                 consumers.append(op)
     return consumers
 
