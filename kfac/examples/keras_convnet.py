@@ -44,6 +44,7 @@ DEFAULTS = {
     "kfac_learning_rate": None,
     "norm_constraint": 1e-2,
     "invert_every": 100,
+    "train_steps": None,
     "train_seconds": 30.0,
 }
 # The best of the sweeps in docs/keras.md, by model.

@@ -39,6 +39,7 @@ flags.DEFINE_string("device", None, "For instance /cpu:0 or /gpu:0.")
 flags.DEFINE_integer("eval_every", 10, "Updates between evaluations.")
 flags.DEFINE_integer("eval_size", 10000, "Training images in an evaluation.")
 flags.DEFINE_string("plot", None, "Where to write a PNG of the training curves.")
+flags.DEFINE_string("results", None, "Where to write the measurements, as JSON.")
 
 
 def start(main: Callable[[list[str]], None], defaults: Mapping[str, object]) -> None:
@@ -123,7 +124,7 @@ def report(
     columns: Mapping[str, str],
     curves: Mapping[str, str],
 ) -> None:
-    """Prints the table of last measurements; writes the plot if `--plot` is given.
+    """Prints the table of last measurements; writes `--plot` and `--results`, if given.
 
     Args:
       title: of both.
@@ -141,5 +142,7 @@ def report(
         ["optimizer", "updates", "seconds", *columns.values()],
         rows,
     )
+    if FLAGS.results:
+        reporting.write_json(histories, FLAGS.results)
     if FLAGS.plot:
         reporting.plot(histories, FLAGS.plot, title, curves)

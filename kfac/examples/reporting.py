@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -113,6 +114,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) ->
     terminal = console.Console()
     width = terminal.width if terminal.is_terminal else _PLAIN_WIDTH
     console.Console(width=width).print(view)
+
+
+def write_json(histories: Sequence[History], path: str) -> None:
+    """Writes the histories to a file; missing folders are made."""
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    measured = [dataclasses.asdict(history) for history in histories]
+    target.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    print(f"Results: {target}")
 
 
 def plot(

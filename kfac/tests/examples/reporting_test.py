@@ -1,5 +1,6 @@
 """Progress line, table, plot, and the clock they show."""
 
+import json
 import time
 
 import matplotlib
@@ -112,3 +113,10 @@ def test_a_panel_a_metric_shows_every_run(tmp_path, histories, monkeypatch):
             assert line.get_label() == history.name
             assert list(line.get_ydata()) == history.metrics[key]
     pyplot.close(figure)
+
+
+def test_measurements_are_written_as_json(tmp_path, histories):
+    path = tmp_path / "results" / "curves.json"
+    reporting.write_json(histories, str(path))
+    found = [reporting.History(**fields) for fields in json.loads(path.read_text())]
+    assert found == histories
