@@ -1,5 +1,5 @@
 """K-FAC for Keras 3: optimizers, callbacks, saving, and the pieces between."""
 
-from kfac.python.keras import callbacks, optimizers
+from kfac.python.keras import callbacks, optimizers, saving_utils, utils
 
-__all__ = ["callbacks", "optimizers"]
+__all__ = ["callbacks", "optimizers", "saving_utils", "utils"]

@@ -18,14 +18,15 @@ class Hyperparameters(tf.Module):
     """Named scalars: plain values until first read, variables from then on.
 
     A traced step reads the variables, so assigning a number takes effect at once and
-    traces nothing.  A tensor or a variable given by the user is used as it is; a
-    schedule is evaluated at the optimizer's `iterations`.
+    traces nothing.  A tensor or a variable given by the user is used as it is.  The
+    variable of a schedule is written by every step, from the optimizer's `iterations`.
     """
 
     def __init__(self, values: dict[str, Any]):
         super().__init__(name="hyperparameters")
         self._given = dict(values)
         self._variables: dict[str, tf.Variable] = {}
+        self._made = False
 
     def __contains__(self, name: str) -> bool:
         return name in self._given
@@ -34,16 +35,21 @@ class Hyperparameters(tf.Module):
         return frozenset(self._given)
 
     def read(self, name: str) -> Any:
-        """The variable, tensor or schedule behind a name; makes all variables."""
+        """The variable or tensor behind a name; makes all variables."""
         self._make_variables()
         return self._variables.get(name, self._given[name])
 
-    def current(self, name: str, iterations: Any) -> Any:
-        """The value at a step, for use in a trace."""
-        value = self.read(name)
-        if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
-            return value(iterations)
-        return value
+    def refresh(self, iterations: Any) -> None:
+        """Writes the variables of schedules, for the step that begins."""
+        self._make_variables()
+        for name, value in self._given.items():
+            if _is_schedule(value):
+                self._variables[name].assign(tf.cast(value(iterations), tf.float32))
+
+    def variables_by_name(self) -> dict[str, tf.Variable]:
+        """All variables made here, which are made if need be."""
+        self._make_variables()
+        return dict(self._variables)
 
     def assign(self, name: str, value: Any) -> None:
         """Gives a name another value.
@@ -54,11 +60,11 @@ class Hyperparameters(tf.Module):
           ValueError: a tensor or variable is given after the first read.
           AttributeError: the name stands for a tensor or schedule.
         """
-        if name in self._variables:
+        if name in self._variables and not _is_schedule(self._given[name]):
             self._assign_number(name, self._variables[name], value)
         elif isinstance(self._given[name], (tf.Variable, keras.Variable)):
             self._assign_number(name, self._given[name], value)
-        elif not self._variables:
+        elif not self._made:
             self._given[name] = value
         else:
             raise AttributeError(
@@ -71,18 +77,22 @@ class Hyperparameters(tf.Module):
         return {name: self._as_number(name) for name in sorted(self._given)}
 
     def _as_number(self, name: str) -> Any:
-        value = self._variables.get(name, self._given[name])
-        if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+        value = self._given[name]
+        if _is_schedule(value):
             return keras.optimizers.schedules.serialize(value)
+        value = self._variables.get(name, value)
         if isinstance(value, numbers.Number):
             return float(value)
         return float(keras.ops.convert_to_numpy(value))
 
     def _make_variables(self) -> None:
-        if self._variables:
+        if self._made:
             return
+        self._made = True
         with tf.init_scope():
             for name, value in sorted(self._given.items()):
+                if _is_schedule(value):
+                    value = float(value(0))
                 if isinstance(value, numbers.Number):
                     self._variables[name] = tf.Variable(
                         float(value), name=name, trainable=False, dtype=tf.float32
@@ -96,3 +106,7 @@ class Hyperparameters(tf.Module):
                 "Tensors and variables can be set before the optimizer is first used."
             )
         variable.assign(float(value))
+
+
+def _is_schedule(value: Any) -> bool:
+    return isinstance(value, keras.optimizers.schedules.LearningRateSchedule)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from kfac.python.keras import private_keras
 
 CATEGORICAL = "categorical"
 BERNOULLI = "bernoulli"
@@ -116,7 +118,7 @@ class OutputLoss:
         """Logits (or the mean) behind a model output, in float32 or float64."""
         if self.distribution == SQUARED_ERROR or self.from_logits:
             return _at_least_float32(y_pred)
-        logits = getattr(y_pred, "_keras_logits", None)
+        logits = private_keras.logits_of(y_pred)
         if logits is not None:
             return _at_least_float32(logits)
         # No trace of the logits: these are equally valid ones, since the Fisher matrix
@@ -191,33 +193,129 @@ def read_all(
       UnsupportedLossError: a loss is not known.
       ValueError: losses and outputs do not correspond.
     """
-    if isinstance(y_pred, Mapping):
-        keys = list(y_pred)
-    elif isinstance(y_pred, (list, tuple)):
-        keys = list(range(len(y_pred)))
-    else:
+    found = _by_output(loss, loss_weights, y_pred, output_names)
+    return [(read(each, weight), key) for each, weight, key in found]
+
+
+def total(
+    loss: Any,
+    loss_weights: Any,
+    y_pred: Any,
+    batch: Any,
+    output_names: Sequence[str] | None = None,
+) -> tf.Tensor:
+    """The weighted sum of the losses of all outputs, as `compile` would make it.
+
+    Args:
+      loss: see `read_all`.
+      loss_weights: likewise.
+      y_pred: likewise.
+      batch: `Batch` whose targets and weights are used.
+      output_names: see `read_all`.
+    """
+    terms = []
+    for each, weight, key in _by_output(loss, loss_weights, y_pred, output_names):
+        resolved = keras.losses.get(each)
+        y = at(batch.y, key, output_names)
+        sample_weight = at(batch.sample_weight, key, output_names)
+        if isinstance(resolved, keras.losses.Loss):
+            value = resolved(y, at(y_pred, key), sample_weight=sample_weight)
+        else:
+            values = resolved(y, at(y_pred, key))
+            value = tf.reduce_mean(_weighted(values, sample_weight))
+        terms.append(weight * value)
+    return tf.add_n(terms)
+
+
+def total_with(
+    reduce_fn: Callable,
+    loss: Any,
+    loss_weights: Any,
+    y_pred: Any,
+    y: Any,
+    output_names: Sequence[str] | None = None,
+) -> tf.Tensor:
+    """`total` without sample weights, with another reduction of unreduced losses."""
+    return tf.add_n(
+        [
+            weight
+            * reduce_fn(
+                keras.losses.get(each)(at(y, key, output_names), at(y_pred, key))
+            )
+            for each, weight, key in _by_output(
+                loss, loss_weights, y_pred, output_names
+            )
+        ]
+    )
+
+
+def _weighted(values: tf.Tensor, sample_weight: Any) -> tf.Tensor:
+    """Loss values `[batch, ...]` times the weights of their cases, if there are."""
+    if sample_weight is None:
+        return values
+    weights = tf.cast(sample_weight, values.dtype)
+    return values * _match_rank(weights, tf.shape(values))
+
+
+def _by_output(
+    loss: Any, loss_weights: Any, y_pred: Any, output_names: Sequence[str] | None
+) -> list[tuple[Any, float, Any]]:
+    """The loss, its weight and the key of every output that has one."""
+    keys = list(by_key(y_pred))
+    if keys == [()]:
         if isinstance(loss, Mapping):
             loss = next(iter(loss.values())) if len(loss) == 1 else loss
         if isinstance(loss, (list, tuple)) and len(loss) == 1:
             loss = loss[0]
         if isinstance(loss, (Mapping, list, tuple)):
             raise ValueError(f"The model has one output, but the loss is {loss!r}.")
-        return [(read(loss, _only(loss_weights)), ())]
+        return [(loss, _only(loss_weights), ())]
     names = list(output_names or keys)
-    losses = _by_key(loss, keys, names, "loss")
-    weights = _by_key(loss_weights, keys, names, "loss_weights")
+    losses = _spread(loss, keys, names, "loss")
+    weights = _spread(loss_weights, keys, names, "loss_weights")
     return [
-        (read(losses[key], 1.0 if weights[key] is None else float(weights[key])), key)
+        (losses[key], 1.0 if weights[key] is None else float(weights[key]), key)
         for key in keys
         if losses[key] is not None
     ]
 
 
-def at(structure: Any, key: Any) -> Any:
-    """The member of `structure` at a key of `read_all`."""
-    if key == () or structure is None:
+def at(structure: Any, key: Any, names: Sequence[str] | None = None) -> Any:
+    """What a structure of targets or weights holds for the output at a key.
+
+    Args:
+      structure: like the outputs, or one value for all of them.
+      key: of `read_all`.
+      names: the outputs' names, which a dictionary may use for a list of outputs.
+    """
+    if key == () or not isinstance(structure, (Mapping, list, tuple)):
         return structure
-    return structure[key]
+    return structure[name_of(structure, key, names)]
+
+
+def name_of(structure: Any, key: Any, names: Sequence[str] | None) -> Any:
+    """The key under which `structure` has the output at `key`."""
+    if isinstance(structure, Mapping) and key not in structure and names:
+        return names[key]
+    return key
+
+
+def by_key(y_pred: Any) -> dict[Any, Any]:
+    """The outputs of a model by the keys of `read_all`."""
+    if isinstance(y_pred, Mapping):
+        return dict(y_pred)
+    if isinstance(y_pred, (list, tuple)):
+        return dict(enumerate(y_pred))
+    return {(): y_pred}
+
+
+def from_keys(y_pred: Any, values: Mapping[Any, Any]) -> Any:
+    """`values` in the structure of the outputs `y_pred`."""
+    if isinstance(y_pred, Mapping):
+        return dict(values)
+    if isinstance(y_pred, (list, tuple)):
+        return [values[i] for i in range(len(y_pred))]
+    return values[()]
 
 
 def scale_signal(tensor: tf.Tensor, coefficients: tf.Tensor) -> tf.Tensor:
@@ -243,7 +341,7 @@ def _only(weights: Any) -> float:
     return 1.0 if weights is None else float(weights)
 
 
-def _by_key(values: Any, keys: list, names: list[str], what: str) -> dict:
+def _spread(values: Any, keys: list, names: list[str], what: str) -> dict:
     """`values` as a dictionary over `keys`."""
     if values is None:
         return dict.fromkeys(keys)

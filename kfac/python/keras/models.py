@@ -1,140 +1,222 @@
-"""Models as pure functions of their variables, and the batches they train on."""
+"""Models as pure functions of their variables."""
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import inspect
-import threading
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """What one training step was given: structures of tensors, batch first."""
-
-    x: Any
-    y: Any
-    sample_weight: Any = None
-
-    def head(self, count: tf.Tensor | int) -> Batch:
-        """The first `count` cases."""
-        first = lambda t: None if t is None else t[:count]
-        return Batch(*(tf.nest.map_structure(first, part) for part in self.parts()))
-
-    def parts(self) -> tuple:
-        return (self.x, self.y, self.sample_weight)
-
-    def size(self) -> tf.Tensor | int:
-        """Number of cases; an int where static."""
-        first = tf.nest.flatten(self.x)[0]
-        static = first.shape[0]
-        return tf.shape(first)[0] if static is None else static
-
-    def as_tensors(self) -> Batch:
-        to_tensor = lambda t: None if t is None else tf.convert_to_tensor(t)
-        return Batch(*(tf.nest.map_structure(to_tensor, part) for part in self.parts()))
+from kfac.python.keras import losses
+from kfac.python.keras.batches import Batch, not_recording
 
 
 class PureModel:
-    """A model whose forward pass changes nothing.
+    """A model whose forward pass can be evaluated without side effects.
 
-    Keras models run through `stateless_call`: batch-norm statistics, metrics and
-    dropout seeds stay as they are, however often the curvature evaluates the model.
-    Any other callable with `trainable_variables` (`tf.Module`) is simply called.
+    Inside `keras.StatelessScope` nothing that a model's layers update (batch-norm
+    statistics, metrics, dropout seeds) changes, however often the curvature evaluates
+    it; and nothing advances the dropout masks between two losses that are compared.
+
+    Args:
+      model: Keras model, or any callable with `trainable_variables` (`tf.Module`).
+      loss: Keras loss or losses, where the model has not been compiled with any.
+      loss_weights: likewise.
+
+    Raises:
+      ValueError: the model is neither.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, loss: Any = None, loss_weights: Any = None):
         if not callable(model) or not hasattr(model, "trainable_variables"):
             raise ValueError(
                 "model must be a Keras model, or a callable with `trainable_variables` "
                 f"such as a tf.Module; got {type(model).__name__}."
             )
         self.model = model
-        self._is_keras = isinstance(model, keras.layers.Layer)
-        call = model.call if self._is_keras else model
+        self._loss = loss
+        self._loss_weights = loss_weights
+        call = model.call if isinstance(model, keras.layers.Layer) else model
         parameters = inspect.signature(call).parameters.values()
         self._takes_training = any(
             p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters
         )
 
-    def variables(self) -> list[tf.Variable]:
-        """The trainable variables, as `tf.Variable`s."""
-        return [tf_variable(v) for v in self.model.trainable_variables]
+    @property
+    def declared_loss(self) -> Any:
+        """The loss given here, else the one of `compile`, else None."""
+        if self._loss is not None:
+            return self._loss
+        loss = getattr(self.model, "loss", None)
+        # Models that were compiled without a loss have a method of that name.
+        return None if inspect.ismethod(loss) else loss
+
+    @property
+    def declared_loss_weights(self) -> Any:
+        """The loss weights given here, else the ones of `compile`, else None."""
+        if self._loss_weights is not None or self._loss is not None:
+            return self._loss_weights
+        if not self.is_compiled:
+            return None
+        with tf.init_scope():  # The config holds the values of variables.
+            return (self.model.get_compile_config() or {}).get("loss_weights")
+
+    @property
+    def output_names(self) -> Any:
+        """Names that a dictionary of losses may use, or None."""
+        return getattr(self.model, "output_names", None)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the model computes its training loss itself."""
+        return isinstance(self.model, keras.Model) and self.model.compiled
+
+    @property
+    def has_own_compute_loss(self) -> bool:
+        """Whether the model's class overrides Keras' `compute_loss`."""
+        return self.is_compiled and (
+            type(self.model).compute_loss is not keras.Model.compute_loss
+        )
+
+    @property
+    def has_own_train_step(self) -> bool:
+        """Whether the model's class overrides Keras' `train_step`."""
+        return self.is_compiled and (
+            type(self.model).train_step is not keras.Model.train_step
+        )
 
     def paths(self) -> dict[Any, str]:
-        """`variable.ref()` -> unique, stable path."""
+        """`variable.ref()` -> path, as Keras names the variable."""
         return {
             tf_variable(v).ref(): getattr(v, "path", v.name).split(":")[0]
-            for v in self.model.trainable_variables
+            for v in self._all_variables()
         }
 
-    def __call__(self, x: Any, training: bool = True) -> Any:
-        """The model's output in the current graph, without side effects."""
-        kwargs = {"training": training} if self._takes_training else {}
-        if not self._is_keras:
-            return self.model(x, **kwargs)
-        outputs, _ = self.model.stateless_call(
-            [v.value for v in self.model.trainable_variables],
-            [v.value for v in self.model.non_trainable_variables],
-            x,
-            **kwargs,
+    def state_names(self) -> dict[Any, str]:
+        """`variable.ref()` -> unique name, the same for every model built alike.
+
+        Keras' paths depend on how a model was built: another one after loading, and
+        other numbers in a second instance.  These are made of the names of the layers
+        around the variable, numbered within the model, frozen ones included.
+        """
+        found: dict[Any, str] = {}
+        for prefix, layer in _leaf_layers(self.model, ""):
+            for variable in layer.variables:
+                name = prefix + _name_inside(layer, variable)
+                found.setdefault(tf_variable(variable).ref(), name)
+        for ref, path in self.paths().items():  # What is in no layer.
+            found.setdefault(ref, path)
+        numbered = _Numbering()
+        return {ref: numbered(name) for ref, name in found.items()}
+
+    def _all_variables(self) -> Any:
+        return getattr(self.model, "variables", self.model.trainable_variables)
+
+    def input_specs(self) -> Any:
+        """Structure of the inputs' `tf.TensorSpec`s where the model knows it, or None.
+
+        Functional and (built) sequential models do.
+        """
+        if isinstance(self.model, keras.Sequential):
+            inputs = getattr(self.model, "inputs", [None])[0]
+        elif hasattr(self.model, "inputs"):
+            inputs = self.model.input  # In the structure of the call.
+        else:
+            inputs = None
+        return None if inputs is None else Batch(inputs, None).specs().x
+
+    def call(self, x: Any) -> Any:
+        """The model's output in training mode, with all side effects."""
+        kwargs = {"training": True} if self._takes_training else {}
+        return self.model(x, **kwargs)
+
+    def __call__(self, x: Any) -> Any:
+        """The model's output in training mode, without side effects."""
+        with self.without_side_effects():
+            return self.call(x)
+
+    def without_side_effects(self) -> keras.StatelessScope:
+        """Context in which layers, losses and metrics leave variables as they are."""
+        variables = [v for v in self._all_variables() if isinstance(v, keras.Variable)]
+        # Keras looks up the values for penalties on weights here.
+        mapping = [(variable, variable.value) for variable in variables]
+        return keras.StatelessScope(state_mapping=mapping, collect_losses=True)
+
+    def compute_loss(self, batch: Batch, outputs: Any) -> tf.Tensor:
+        """The training loss: a mean over the batch, and penalties.
+
+        Under a strategy it is a replica's share, as Keras' losses are.
+        """
+        if self.is_compiled:
+            compute_loss = not_recording(self.model.compute_loss)
+            return compute_loss(batch.x, batch.y, outputs, batch.sample_weight)
+        loss = losses.total(
+            self.declared_loss, self._loss_weights, outputs, batch, self.output_names
         )
-        return outputs
+        loss += sum(tf.reduce_sum(p) for p in getattr(self.model, "losses", ()))
+        return loss / num_replicas()
+
+    def loss(self, batch: Batch) -> tf.Tensor:
+        """The mean training loss of this replica, without side effects."""
+        with self.without_side_effects():
+            return self.compute_loss(batch, self.call(batch.x)) * num_replicas()
 
 
-class BatchRecorder:
-    """Remembers the batch of the training step that is being traced or executed.
+def _leaf_layers(model: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Layers that are no models, with the names of those around them."""
+    for layer in getattr(model, "layers", ()):
+        inside = f"{prefix}{layer.name}/"
+        if getattr(layer, "layers", None):
+            yield from _leaf_layers(layer, inside)
+        else:
+            yield inside, layer
 
-    Keras hands every training step's data to `compute_loss`; wrapping that method on
-    the model shows them to the optimizer whatever the training loop looks like.
-    Batches are kept per thread (a replica has its own) and per graph, and forgotten
-    once taken.
-    """
+
+def _name_inside(layer: Any, variable: Any) -> str:
+    """The part of a variable's path below its layer."""
+    *parents, last = variable.path.split("/")
+    if layer.name in parents:
+        position = len(parents) - 1 - parents[::-1].index(layer.name)
+        parents = parents[position + 1 :]
+    return "/".join([*parents, last])
+
+
+class _Numbering:
+    """Replaces the numbers at the ends of a path's components by their order."""
 
     def __init__(self):
-        self._local = threading.local()
+        self._components: dict[tuple[str, str], str] = {}
+        self._counts: collections.Counter = collections.Counter()
 
-    def attach(self, model: Any) -> None:
-        """Wraps `model.compute_loss`; does nothing the second time."""
-        compute_loss = getattr(model, "compute_loss", None)
-        if compute_loss is None or getattr(compute_loss, "kfac_recorder", None) is self:
-            return
-        model.compute_loss = self._wrap(compute_loss)
+    def __call__(self, path: str) -> str:
+        *parents, last = path.split("/")
+        name = ""
+        for component in parents:
+            name += self._numbered(name, component) + "/"
+        return name + self._next(name, last)
 
-    def show(self, x: Any, y: Any, sample_weight: Any = None) -> None:
-        """Records a batch by hand, for loops that do not call `compute_loss`."""
-        self._local.graph = _current_graph()
-        self._local.batch = Batch(x, y, sample_weight)
+    def _numbered(self, parent: str, component: str) -> str:
+        key = (parent, component)
+        if key not in self._components:
+            self._components[key] = self._next(parent, component)
+        return self._components[key]
 
-    def take(self) -> Batch | None:
-        """The batch recorded in the current graph since the last call, or None."""
-        batch = getattr(self._local, "batch", None)
-        if batch is None or self._local.graph is not _current_graph():
-            return None
-        self._local.batch = None
-        return batch
+    def _next(self, parent: str, component: str) -> str:
+        stem = re.sub(r"_\d+$", "", component)
+        number = self._counts[parent, stem]
+        self._counts[parent, stem] += 1
+        return f"{stem}_{number}" if number else stem
 
-    def _wrap(self, compute_loss: Callable) -> Callable:
-        signature = inspect.signature(compute_loss)
 
-        def recording_compute_loss(*args, **kwargs):
-            given = signature.bind_partial(*args, **kwargs).arguments
-            self.show(given.get("x"), given.get("y"), given.get("sample_weight"))
-            return compute_loss(*args, **kwargs)
-
-        recording_compute_loss.kfac_recorder = self
-        recording_compute_loss.__signature__ = signature
-        return recording_compute_loss
+def num_replicas() -> int:
+    """Number of replicas; Keras divides losses by it."""
+    return tf.distribute.get_strategy().num_replicas_in_sync
 
 
 def tf_variable(variable: Any) -> tf.Variable:
     """The `tf.Variable` beneath a Keras variable; others are returned unchanged."""
     return variable.value if isinstance(variable, keras.Variable) else variable
-
-
-def _current_graph() -> tf.Graph | None:
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()

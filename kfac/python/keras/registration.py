@@ -2,61 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
-from kfac.python.keras import losses
-from kfac.python.keras.models import Batch, PureModel, tf_variable
+from kfac.python.keras import losses, private_keras
+from kfac.python.keras.batches import Batch
+from kfac.python.keras.models import PureModel, tf_variable
+from kfac.python.ops import deferred
 from kfac.python.ops.layer_collection import LayerCollection
 
 CLASS_PREFIX = "kfac_class_"
+# The approximation that hands a layer to the fallback optimizer.
+FALLBACK = "fallback"
 
 
 class Registrar:
     """Knows what a model's losses and layers are to the curvature.
 
     Args:
-      model: the model as a pure function.
-      loss: the Keras loss or losses, as given to `compile`.
-      loss_weights: likewise.
-      fisher_approx: approximations by layer name, layer class or `kfac_class_<name>`,
-        or a list with one entry (or None) a trainable layer.
-      register_losses: replaces the reading of `loss`: called with the collection, the
-        model's outputs and the `Batch`.
+      model: the model as a pure function, with its loss.
+      approximations: pairs of a layer and its approximation, see `approximations`.
+      register_losses: replaces the reading of the loss: called with the collection,
+        the model's outputs and the `Batch`.
+
+    Raises:
+      ValueError: the loss is not known.
     """
 
     def __init__(
         self,
         model: PureModel,
-        loss: Any,
-        loss_weights: Any = None,
-        fisher_approx: Mapping | list | None = None,
+        approximations: Sequence[tuple[Any, str]] = (),
         register_losses: Callable[[Any, Any, Batch], None] | None = None,
     ):
+        if model.declared_loss is None and register_losses is None:
+            raise ValueError(
+                "Kfac must know the loss: provide a model with a loss (compile it), or "
+                "pass loss= or register_losses= to the optimizer."
+            )
         self._model = model
-        self._loss = loss
-        self._loss_weights = loss_weights
         self._register_losses = register_losses
-        self._approximations = _approximations(model.model, fisher_approx)
+        self._approximations = approximations
+
+    @property
+    def reads_loss(self) -> bool:
+        """Whether the loss is read, rather than registered by the user's callable."""
+        return self._register_losses is None
+
+    def read_losses(self, outputs: Any) -> list[tuple[losses.OutputLoss, Any]]:
+        """What the declared losses are, see `losses.read_all`."""
+        return losses.read_all(
+            self._model.declared_loss,
+            self._model.declared_loss_weights,
+            outputs,
+            self._model.output_names,
+        )
 
     def register_losses(
         self, collection: Any, outputs: Any, batch: Batch, seed: Any = None
     ) -> None:
-        """Registers one predictive distribution an output that has a loss."""
+        """Registers one predictive distribution an output that has a loss.
+
+        Args:
+          collection: the `LayerCollection`.
+          outputs: the model's, in training mode.
+          batch: what they were computed from; the targets may be missing.
+          seed: int32 vector of two words for sampled targets.
+        """
         if self._register_losses is not None:
             self._register_losses(collection, outputs, batch)
+            _set_seeds(collection, seed)
             return
-        names = getattr(self._model.model, "output_names", None)
-        pairs = losses.read_all(self._loss, self._loss_weights, outputs, names)
-        for i, (read, key) in enumerate(pairs):
+        for i, (read, key) in enumerate(self.read_losses(outputs)):
             output = losses.at(outputs, key)
-            weights = losses.at(batch.sample_weight, key)
-            mask = getattr(output, "_keras_mask", None)
+            weights = losses.at(batch.sample_weight, key, self._model.output_names)
+            mask = private_keras.mask_of(output)
             parameters = read.natural_parameters(output)
-            targets = _targets(read, losses.at(batch.y, key), parameters)
+            y = losses.at(batch.y, key, self._model.output_names)
+            targets = _targets(read, y, parameters)
             coefficient = read.uniform_coefficient(output)
             if weights is not None or mask is not None or coefficient is None:
                 coefficients = read.coefficients(output, weights, mask)
@@ -71,16 +96,28 @@ class Registrar:
             )
 
     def register_layers(
-        self, collection: Any, variables: list[tf.Variable], batch_size: Any
+        self, collection: Any, variables: Sequence[tf.Variable], batch_size: Any
     ) -> None:
-        """Finds the layers in the graph behind the registered losses."""
-        wanted = {v.ref() for v in variables}
+        """Finds the layers in the graph behind the registered losses.
+
+        Statistics of layers that compute in half precision are taken in float32.
+        """
         for layer, approximation in self._approximations:
-            params = [tf_variable(v) for v in layer.trainable_variables]
-            if params and all(p.ref() in wanted for p in params):
-                group = params[0] if len(params) == 1 else tuple(params)
-                collection.define_linked_parameters(group, approximation)
+            if approximation != FALLBACK:
+                link_parameters(collection, layer, approximation, variables)
         collection.auto_register_layers(variables, batch_size=batch_size)
+        in_float32 = _Float32()
+        for block in collection.get_blocks():
+            block.use_sub_batch(in_float32, lambda size: size)
+
+    def left_to_fallback(self) -> set[Any]:
+        """`variable.ref()` of what the user gave to the fallback optimizer."""
+        return {
+            tf_variable(variable).ref()
+            for layer, approximation in self._approximations
+            if approximation == FALLBACK
+            for variable in layer.trainable_variables
+        }
 
 
 _REGISTER = {
@@ -90,20 +127,83 @@ _REGISTER = {
 }
 
 
-def trainable_layers(model: Any) -> Iterator[Any]:
-    """Layers with trainable variables of their own, depth first through `layers`."""
+class _Float32:
+    """Tensors in at least single precision; equal arguments give identical results."""
+
+    def __init__(self):
+        # Keeps what was asked for, since the key is its id.
+        self._made: dict[int, tuple[Any, Any]] = {}
+
+    def __call__(self, tensor: Any) -> Any:
+        if tensor.dtype not in (tf.float16, tf.bfloat16):
+            return tensor
+        if id(tensor) not in self._made:
+            cast = deferred.DeferredTensor(
+                lambda: tf.cast(tensor, tf.float32),
+                shape=tensor.shape,
+                dtype=tf.float32,
+                name=tensor.name,
+                device=tensor.device,
+            )
+            self._made[id(tensor)] = (tensor, cast)
+        return self._made[id(tensor)][1]
+
+
+def layers_with_weights(model: Any) -> Iterator[Any]:
+    """Layers with variables of their own, depth first through `layers`."""
     for layer in getattr(model, "layers", []):
         if getattr(layer, "layers", None):
-            yield from trainable_layers(layer)
-        elif layer.trainable_variables:
+            yield from layers_with_weights(layer)
+        elif layer.weights:
             yield layer
 
 
-def _approximations(model: Any, fisher_approx: Any) -> list[tuple[Any, str]]:
+def trainable_layers(model: Any) -> list[Any]:
+    """Those of `layers_with_weights` that have trainable ones."""
+    return [layer for layer in layers_with_weights(model) if layer.trainable_variables]
+
+
+def link_parameters(
+    collection: Any,
+    layer: Any,
+    approximation: str,
+    variables: Sequence[tf.Variable],
+) -> None:
+    """Sets the approximation of a layer's parameters, as far as `variables` has them.
+
+    Of a layer with sublayers (attention, for instance) it is that of each of them.
+    """
+    wanted = {v.ref() for v in variables}
+    for group in _parameter_groups(layer):
+        if all(v.ref() in wanted for v in group):
+            params = group[0] if len(group) == 1 else tuple(group)
+            collection.define_linked_parameters(params, approximation)
+
+
+def _parameter_groups(layer: Any) -> list[list[tf.Variable]]:
+    """A layer's trainable variables, those of each sublayer together."""
+    groups: dict[str, list[tf.Variable]] = {}
+    for variable in layer.trainable_variables:
+        parent = variable.path.rpartition("/")[0]
+        groups.setdefault(parent, []).append(tf_variable(variable))
+    return list(groups.values())
+
+
+def approximations(model: Any, fisher_approx: Any) -> list[tuple[Any, str]]:
+    """Pairs of a layer and the approximation that is asked for it.
+
+    Args:
+      model: Keras model.
+      fisher_approx: approximations by layer name or path, layer class or
+        `kfac_class_<name>`, or a list with one entry (or None) a trainable layer.
+
+    Raises:
+      ValueError: `fisher_approx` does not fit the layers.
+    """
     if not fisher_approx:
         return []
-    layers = list(trainable_layers(model))
     if isinstance(fisher_approx, (list, tuple)):
+        layers = trainable_layers(model)
         if len(fisher_approx) != len(layers):
             raise ValueError(
                 f"fisher_approx has {len(fisher_approx)} entries, but the model has "
@@ -111,24 +211,32 @@ def _approximations(model: Any, fisher_approx: Any) -> list[tuple[Any, str]]:
             )
         pairs = zip(layers, fisher_approx, strict=True)
         return [(layer, approx) for layer, approx in pairs if approx is not None]
-    by_key = {
-        key if isinstance(key, str) else CLASS_PREFIX + key.__name__: approx
-        for key, approx in fisher_approx.items()
-    }
-    names = {layer.name for layer in layers}
+    by_key = serialize_fisher_approx(fisher_approx)
+    layers = list(layers_with_weights(model))
+    names = {layer.name for layer in layers} | {layer.path for layer in layers}
     unknown = [k for k in by_key if k not in names and not k.startswith(CLASS_PREFIX)]
     if unknown:
         raise ValueError(
-            f"fisher_approx names the layers {unknown}, but the trainable layers are "
-            f"{sorted(names)}."
+            f"fisher_approx names the layers {unknown}, but the layers with weights "
+            f"are {sorted({layer.name for layer in layers})}."
         )
     chosen = []
     for layer in layers:
-        by_class = by_key.get(CLASS_PREFIX + type(layer).__name__)
-        approximation = by_key.get(layer.name, by_class)
-        if approximation is not None:
-            chosen.append((layer, approximation))
+        keys = (layer.path, layer.name, CLASS_PREFIX + type(layer).__name__)
+        found = [by_key[key] for key in keys if key in by_key]
+        if found and found[0] is not None:
+            chosen.append((layer, found[0]))
     return chosen
+
+
+def serialize_fisher_approx(fisher_approx: Any) -> Any:
+    """Layer classes as `kfac_class_<name>`; everything else unchanged."""
+    if not isinstance(fisher_approx, Mapping):
+        return fisher_approx
+    return {
+        key if isinstance(key, str) else CLASS_PREFIX + key.__name__: value
+        for key, value in fisher_approx.items()
+    }
 
 
 def _targets(read: losses.OutputLoss, y: Any, parameters: tf.Tensor) -> Any:
@@ -143,9 +251,10 @@ def _targets(read: losses.OutputLoss, y: Any, parameters: tf.Tensor) -> Any:
     return tf.argmax(y, axis=-1, output_type=tf.int32)
 
 
-def compiled_loss_weights(model: Any) -> Any:
-    """The loss weights given to `compile`, or None."""
-    if not isinstance(model, keras.Model) or not model.compiled:
-        return None
-    with tf.init_scope():  # The config holds the values of variables.
-        return (model.get_compile_config() or {}).get("loss_weights")
+def _set_seeds(collection: Any, seed: Any) -> None:
+    """Lets losses that were registered without a seed sample reproducibly."""
+    if seed is None:
+        return
+    for i, loss in enumerate(collection.losses):
+        if getattr(loss, "_default_seed", 0) is None:
+            loss._default_seed = seed + i

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
-from kfac.python.keras.models import Batch, PureModel
+from kfac.python.keras import schedule
+from kfac.python.keras.batches import Batch
+from kfac.python.keras.models import PureModel
 from kfac.python.keras.registration import Registrar
-from kfac.python.ops import sub_batch
+from kfac.python.ops import report, sub_batch
+from kfac.python.ops.kfac_utils import periodic_inv_cov_update_kfac_opt
 from kfac.python.ops.layer_collection import LayerCollection
-from kfac.python.ops.optimizer import KfacOptimizer
 from kfac.python.ops.optimizer.conditional import run_if
 
 
-class TracedKfac(KfacOptimizer):
-    """`KfacOptimizer` that registers the model where its statistics are due.
+class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
+    """The periodic optimizer that registers the model where statistics are due.
 
     The forward pass for the statistics, its registration, the sampled targets and the
     backward pass are all built inside the conditional branch that updates the
@@ -27,12 +27,15 @@ class TracedKfac(KfacOptimizer):
       model: the model as a pure function.
       registrar: registers its losses and layers.
       batch: what this step trains on.
-      cov_update_every: steps between updates of the covariances.
-      invert_every: steps between updates of the inverses.
       cov_batch_fraction: part of the batch for the statistics.
-      sample_seed: int64 scalar; sampled targets depend on it and on the counter alone.
+      sample_seed: int32 scalar; sampled targets depend on it and on the counter alone.
       strict: refuse variables without a Kronecker-factored or exact block.
-      **kwargs: of `KfacOptimizer`, without the layer collection.
+      updates_inverses: whether the step updates inverses where they are due; if not,
+        somebody else does.
+      **kwargs: of `PeriodicInvCovUpdateKfacOpt`, without the layer collection.
+
+    Attributes:
+      outputs: the model's outputs on which the statistics are registered.
     """
 
     def __init__(
@@ -41,11 +44,10 @@ class TracedKfac(KfacOptimizer):
         registrar: Registrar,
         batch: Batch,
         *,
-        cov_update_every: int,
-        invert_every: int,
         cov_batch_fraction: float,
-        sample_seed: int,
+        sample_seed: Any,
         strict: bool,
+        updates_inverses: bool = True,
         **kwargs: Any,
     ):
         super().__init__(
@@ -54,51 +56,75 @@ class TracedKfac(KfacOptimizer):
         self._model = model
         self._registrar = registrar
         self._batch = batch
-        self._cov_update_every = cov_update_every
-        self._invert_every = invert_every
         self._cov_batch_fraction = cov_batch_fraction
         self._sample_seed = sample_seed
         self._strict = strict
-        self._inverse_thunks: Sequence[Callable] = ()
+        self._updates_inverses = updates_inverses
+        self.outputs: Any = None
 
-    def update_curvature(self, should_decay: bool = True) -> None:
-        """Builds both conditional updates of the curvature."""
-        run_if(
-            tf.equal(self.counter % self._cov_update_every, 0),
-            lambda: self.update_statistics(should_decay),
-        )
-        run_if(
-            self._inverses_due(), lambda: [thunk() for thunk in self._inverse_thunks]
-        )
+    # ---------------------------------------------------------------- curvature
 
-    def _inverses_due(self) -> tf.Tensor:
-        """Every `invert_every` steps, and before that at steps 1, 2, 4, 8, ...
-
-        At the start the curvature changes fastest and is known from one batch only;
-        inverses of the first batch's statistics, kept for a whole period, are what
-        makes K-FAC diverge in its first steps.
-        """
-        k = self.counter
-        power_of_two = tf.equal(tf.bitwise.bitwise_and(k, k - 1), 0)
-        starting = (k < self._invert_every) & power_of_two
-        return tf.equal(k % self._invert_every, 0) | starting
-
-    def update_statistics(self, should_decay: bool = True) -> list[tf.Operation]:
-        """Registers the model on part of the batch and updates all covariances."""
-        part = self._head(self._cov_batch_fraction)
-        collection = self._layers
-        collection.move_to_graph(tf.compat.v1.get_default_graph())
-        outputs = self._model(part.x)
+    def register(self) -> LayerCollection:
+        """Registers the model on part of the batch, in the current graph."""
+        part = self._head(self._cov_batch_fraction).of_unknown_size()
+        self._layers.move_to_graph(tf.compat.v1.get_default_graph())
+        self.outputs = self._model(part.x)
         # Both words of a stateless seed: the user's, and the step's.
-        seed = tf.stack([tf.constant(self._sample_seed, tf.int64), self.counter])
-        self._registrar.register_losses(collection, outputs, part, seed)
+        steps = self.counter + self._burnin_counter.read_value()
+        seed = tf.stack([self._sample_seed, tf.cast(steps, tf.int32)])
+        self._registrar.register_losses(self._layers, self.outputs, part, seed)
         self._registrar.register_layers(
-            collection, self.registered_variables, part.size()
+            self._layers, self.registered_variables, part.size()
         )
+        return self._layers
+
+    def create_state(self) -> list[report.Row]:
+        """Makes all variables once registered; returns how parameters are covered."""
+        self.make_vars_and_create_op_thunks()
+        self.velocities()
+        return report.explain(self._layers)
+
+    def update_curvature(self) -> None:
+        """Builds both conditional updates of the curvature."""
+        step = self.counter
+        due = schedule.statistics_due(step, self._cov_update_every)
+        run_if(due, self._update_statistics)
+        if self._updates_inverses:
+            due = schedule.inverses_due(step, self._invert_every)
+            run_if(due, self.update_inverses)
+
+    def update_inverses(self) -> list:
+        """Ops that update all inverses, by the registration of this trace."""
+        _, inverse_thunks = self._thunks
+        return [thunk() for thunk in inverse_thunks]
+
+    def burn_in(self) -> None:
+        """Builds a step that only collects statistics, as plain sums."""
+        updates = self._update_statistics(should_decay=False)
+        with tf.control_dependencies(updates):
+            self._burnin_counter.assign_add(1)
+
+    def _update_statistics(self, should_decay: bool = True) -> list[tf.Operation]:
+        self.register()
         if self._strict:
-            collection.check_strict()
-        cov_thunks, self._inverse_thunks = self.make_vars_and_create_op_thunks()
-        return [thunk(should_decay) for thunk in cov_thunks]
+            self._layers.check_strict()
+        cov_thunks, _ = self.make_vars_and_create_op_thunks()
+        return self._fisher_est.covariance_update_ops(cov_thunks, should_decay)
+
+    def velocities(self) -> list[tf.Variable]:
+        """The variables of the momentum."""
+        return self._get_or_make_velocities(self.registered_variables)
+
+    def raise_damping(self) -> Any:
+        """Op that makes the adapted damping larger by one adaptation."""
+        damping = self._damping.read_value()
+        return self._store(self._damping, damping / tf.cast(self._omega, damping.dtype))
+
+    def kfac_update_ops(self) -> tf.Operation:
+        """Nothing: `update_curvature` precedes the step."""
+        return tf.no_op()
+
+    # ---------------------------------------------------------------- the batch
 
     def _head(self, fraction: float) -> Batch:
         if fraction == 1.0:
@@ -111,22 +137,3 @@ class TracedKfac(KfacOptimizer):
         collection = LayerCollection()
         self._registrar.register_losses(collection, self._model(part.x), part)
         return collection, part.size()
-
-
-def loss_function(model: PureModel, compute_loss: Callable) -> Callable:
-    """`loss(batch)` for damping adaptation: the training loss, without side effects.
-
-    The model runs in training mode with the dropout masks that the state of its seed
-    generators gives; nothing advances that state between the two losses compared.
-
-    Args:
-      model: the model as a pure function.
-      compute_loss: of `(x, y, y_pred, sample_weight)`.
-    """
-
-    def loss(batch: Batch) -> tf.Tensor:
-        outputs = model(batch.x)
-        with keras.StatelessScope():  # Metrics inside the losses stay as they are.
-            return compute_loss(batch.x, batch.y, outputs, batch.sample_weight)
-
-    return loss

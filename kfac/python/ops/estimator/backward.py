@@ -87,10 +87,13 @@ class BackwardPass:
 
     def _leaf(self, source: int, position: int) -> deferred.DeferredTensor:
         of = self._flat_wrt[position]
+        dtype = of.dtype.base_dtype
+        if dtype in (tf.float16, tf.bfloat16):
+            dtype = tf.float32  # Second moments overflow, or lose what matters.
         return deferred.DeferredTensor(
-            lambda: self._sources.get()[source][position],
+            lambda: tf.cast(self._sources.get()[source][position], dtype),
             shape=of.shape if self._part is None else self._part.static_shape(of),
-            dtype=of.dtype.base_dtype,
+            dtype=dtype,
             name=f"{of.name.split(':')[0]}/signal_{source}:0",
             device=of.device,
         )

@@ -1,0 +1,119 @@
+"""Everything this package uses of Keras that Keras does not promise to keep.
+
+Written for Keras 3.15.  Each function or method says what it relies on and why there
+is no public way; nothing else in `kfac` touches a member of Keras that begins with an
+underscore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+class OptimizerHooks(keras.optimizers.Optimizer):
+    """The steps of Keras' optimizer that have to be replaced as a whole.
+
+    Subclasses implement `take_step`.
+    """
+
+    def take_step(self, grads: list, variables: list) -> None:
+        """Moves `variables` (Keras or TensorFlow ones); no gradient is None."""
+        raise NotImplementedError
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        # The public hook, `update_step`, sees one variable at a time: preconditioning,
+        # clipping and the quadratic model need all gradients together.
+        del learning_rate
+        self.take_step(list(grads), list(trainable_variables))
+
+    def _apply_weight_decay(self, variables):
+        # Keras decays before its step. `decay_weights` does it inside of ours, after
+        # the statistics, so that gradient and statistics are of the same weights and
+        # burn-in changes nothing.
+        del variables
+
+    def decay_weights(self, variables: Sequence[Any]) -> None:
+        """Keras' decoupled weight decay of those variables that are not excluded."""
+        super()._apply_weight_decay(variables)
+
+    def is_known(self, variable: Any) -> bool:
+        """Whether `build` has seen the variable."""
+        return self._var_key(variable) in self._trainable_variables_indices
+
+    def add_trainable_variables(self, variables: Sequence[Any]) -> None:
+        """Makes a built optimizer accept further variables.
+
+        Keras refuses variables that it was not built with, although layers may be
+        unfrozen between two fits; its lists are extended, in step with each other.
+        """
+        for variable in variables:
+            index = len(self._trainable_variables_indices)
+            self._trainable_variables_indices[self._var_key(variable)] = index
+            self._trainable_variables.append(variable)
+            if self.use_ema:
+                averages = self.add_optimizer_variables([variable], "average")
+                self._model_variables_moving_average.extend(averages)
+            if self.gradient_accumulation_steps:
+                self._accumulated_gradients.append(
+                    self.add_variable_from_reference(variable, "gradient_accumulator")
+                )
+
+    def averages(self) -> list[tuple[Any, Any]]:
+        """Pairs of a trained variable and its moving average (`use_ema`)."""
+        pairs = zip(
+            self._trainable_variables, self._model_variables_moving_average, strict=True
+        )
+        return [pair for pair in pairs if pair[1] is not None]
+
+    def forget_step(self) -> None:
+        """Takes back what the end of this step will add to the count of iterations.
+
+        `iterations` is read-only, and Keras counts every call of `apply`; steps of
+        burn-in do not count.
+        """
+        calls = self.gradient_accumulation_steps or 1
+        self._iterations.assign_sub(calls)
+
+    @property
+    def trained_variables(self) -> list[Any]:
+        """The variables that `build` has seen."""
+        return list(self._trainable_variables)
+
+    @property
+    def configured_learning_rate(self) -> Any:
+        """The variable, schedule or callable behind `learning_rate`."""
+        return self._learning_rate
+
+    @property
+    def step_count(self) -> Any:
+        """The variable behind `iterations`, which is derived under accumulation."""
+        return self._iterations
+
+
+def logits_of(output: Any) -> tf.Tensor | None:
+    """The logits that Keras' softmax or sigmoid left on a model's output, or None."""
+    return getattr(output, "_keras_logits", None)
+
+
+def mask_of(output: Any) -> Any:
+    """The mask that Keras' layers left on a model's output, or None."""
+    return getattr(output, "_keras_mask", None)
+
+
+def as_keras_variable(variable: tf.Variable, name: str, scope: str) -> keras.Variable:
+    """A Keras variable around an existing one, with the path `scope/name`.
+
+    Keras makes summaries, HDF5 files and state trees of Keras variables only.  That
+    its constructor keeps a `tf.Variable` it is given is not documented.
+    """
+    with keras.name_scope(scope):
+        return keras.Variable(
+            variable,
+            dtype=variable.dtype.name,
+            trainable=False,
+            name=name.replace("/", "."),
+        )

@@ -1,0 +1,398 @@
+"""What `Kfac` does in a step: from gradients to moved weights, in any graph."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from kfac.python.keras import (
+    arguments,
+    batches,
+    loss_check,
+    models,
+    registration,
+    step_watch,
+)
+from kfac.python.keras.prototype import Prototype
+from kfac.python.keras.traced import TracedKfac
+from kfac.python.ops import state, utils
+
+# State of `Kfac` itself, beside that of the graph optimizer.
+SAMPLE_SEED = "keras/sample_seed"
+_SCOPE = "kfac"
+
+
+class Working:
+    """What belongs to traces, and must not be tracked for checkpoints.
+
+    Attributes:
+      model: the model as a pure function, or None.
+      batches: the batch of the step that is being built, by replica.
+      prototypes: ids of the trained variables -> their `Prototype`.
+      traced: the graph optimizer of the latest trace, or None.
+      approximations: layers and what is asked for them, or None before they are known.
+      eager_updates: ids of variables -> the function that updates them eagerly.
+      step_function: of `Kfac.step`, or None.
+      loss_is_checked: whether the declared loss was compared with the real one.
+      measures: whether steps that are built now measure themselves.
+      keras_variables: name of state -> the Keras variable around it.
+      loaded_weights: values of `weights` or `variables`, until there are these.
+    """
+
+    def __init__(self):
+        self.model: models.PureModel | None = None
+        self.batches: dict[int, batches.Batch | None] = {}
+        self.prototypes: dict[tuple, Prototype] = {}
+        self.traced: TracedKfac | None = None
+        self.approximations: list | None = None
+        self.eager_updates: dict[tuple, Callable] = {}
+        self.step_function: Callable | None = None
+        self.loss_is_checked = False
+        self.measures = False
+        self.keras_variables: dict[str, Any] = {}
+        self.loaded_weights: list[Any] | None = None
+
+    @property
+    def batch(self) -> batches.Batch | None:
+        """The batch of the step that is being built; replicas build theirs in turns."""
+        return self.batches.get(batches.replica())
+
+    @batch.setter
+    def batch(self, value: batches.Batch | None) -> None:
+        self.batches[batches.replica()] = value
+
+
+class StepsMixin:
+    """The part of `Kfac` that builds steps."""
+
+    # The graph optimizer of a step; other natural-gradient methods have their own.
+    _traced_class = TracedKfac
+
+    # ------------------------------------------------------------ before a step
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Makes all state for training `variables`, where the model is known.
+
+        May be called again with other variables: layers can be frozen, unfrozen, added
+        and removed between fits.
+        """
+        variables = list(variables)
+        with tf.init_scope():
+            if not self.built:
+                super().build(variables)
+            else:
+                new = [v for v in variables if not self.is_known(v)]
+                self.add_trainable_variables(new)
+            self._prepare(variables)
+
+    def build_for(self, model: Any) -> None:
+        """Makes all state for training a model, if the model has its variables."""
+        if getattr(model, "built", True) and model.trainable_variables:
+            self.build(model.trainable_variables)
+
+    def apply(self, grads: Sequence, trainable_variables: Sequence | None = None):
+        """Takes one step; statistics use the batch recorded for it.
+
+        Args:
+          grads: gradients of the mean loss; None for variables it does not depend on.
+          trainable_variables: their variables; those of `build` by default.
+
+        Raises:
+          ValueError: the model, its loss or the batch is not known; the message says
+            what to do.
+        """
+        working = self._working
+        working.batch = self._taken_batch()
+        try:
+            if trainable_variables is None:
+                trainable_variables = self.trained_variables
+            trainable_variables = list(trainable_variables)
+            self.build(trainable_variables)
+            self._check_loss(trainable_variables)
+            super().apply(grads, trainable_variables)
+        finally:
+            working.batch = None
+
+    def _taken_batch(self) -> batches.Batch:
+        self._known_model()
+        batch = self._recorder.take()
+        if batch is None:
+            raise ValueError(
+                "Kfac has not seen the batch of this step. In fit and in loops that "
+                "call model.compute_loss(x, y, y_pred) it does so by itself; in "
+                "another loop call optimizer.show_batch(x, y) before applying "
+                "gradients (in the same tf.function), or use optimizer.step(x, y)."
+            )
+        return batch
+
+    def _known_model(self) -> models.PureModel:
+        if self._working.model is None:
+            raise ValueError(
+                "Kfac must know the model it trains: pass model= to the constructor, "
+                "or call optimizer.register_layers(model), for instance after loading."
+            )
+        return self._working.model
+
+    def _prepare(self, variables: Sequence[Any]) -> None:
+        """Registers the model in a scratch graph, and makes the state."""
+        working = self._working
+        key = _key(variables)
+        specs = self._specs()
+        if key in working.prototypes or working.model is None or specs is None:
+            return
+        registrar = self._registrar()
+        left = registrar.left_to_fallback()
+        if left and self._fallback is None:
+            raise ValueError(
+                'fisher_approx says "fallback" for some layers; pass fallback=, a '
+                "Keras optimizer that trains them."
+            )
+        # Strict means that generic variables are an error, which the step raises.
+        generic_too = self._fallback is not None and not self._strict
+        prototype = Prototype(
+            self._make_traced,
+            self._in_force,
+            working.model.paths(),
+            variables,
+            specs,
+            left,
+            generic_too,
+        )
+        if self._fallback is not None:
+            refs = prototype.fallback_refs
+            self._fallback.build(
+                [v for v in variables if models.tf_variable(v).ref() in refs]
+            )
+        working.prototypes[key] = prototype
+        self.set_loaded_weights()
+        self._report_unused_state()
+
+    def _specs(self) -> batches.Batch | None:
+        """What batches look like, from the last one or from the model."""
+        working = self._working
+        if working.batch is not None:
+            return working.batch.as_tensors().specs()
+        if self._recorder.specs is not None:
+            return self._recorder.specs
+        inputs = None if working.model is None else working.model.input_specs()
+        return None if inputs is None else batches.Batch(inputs, None)
+
+    def _check_loss(self, variables: Sequence[Any]) -> None:
+        """Compares the declared with the real loss, at the first step."""
+        working = self._working
+        model = working.model
+        prototype = working.prototypes.get(_key(variables))
+        if working.loss_is_checked or prototype is None or prototype.outputs is None:
+            return
+        working.loss_is_checked = True
+        registrar = self._registrar()
+        if not registrar.reads_loss or not model.is_compiled:
+            return
+        if model.has_own_train_step:
+            warnings.warn(
+                f"{type(model.model).__name__} overrides train_step. The curvature is "
+                "that of the declared loss on the batch; if the step minimises "
+                "something else, pass register_losses= to Kfac."
+            )
+        with tf.init_scope():
+            declared = registrar.read_losses(prototype.outputs)
+            loss_check.check(model, declared, prototype.outputs, self._specs())
+
+    def _report_unused_state(self) -> None:
+        unused = self._store.not_yet_loaded()
+        if unused:
+            warnings.warn(
+                f"{len(unused)} variables of the loaded state of Kfac have no "
+                f"counterpart in this model, for instance {unused[:3]}. They are kept "
+                "in case their layers are trained later."
+            )
+
+    def _registrar(self) -> registration.Registrar:
+        working = self._working
+        if working.approximations is None:
+            working.approximations = registration.approximations(
+                working.model.model, self._fisher_approx
+            )
+        return registration.Registrar(
+            working.model, working.approximations, self._register_losses
+        )
+
+    # ------------------------------------------------------------ the step
+
+    def take_step(self, grads: list, variables: list) -> None:
+        """Builds a step in the current graph; executes one eagerly."""
+        batch = self._working.batch.as_tensors()
+        grads = _averaged_over_replicas(grads, batch)
+        if not tf.executing_eagerly():
+            self._update(grads, variables, batch)
+            return
+        updates = self._working.eager_updates
+        key = _key(variables)
+        if key not in updates:
+
+            def update(grads, x, y, sample_weight):
+                self._update(grads, variables, batches.Batch(x, y, sample_weight))
+
+            updates[key] = tf.function(update, autograph=False, reduce_retracing=True)
+        updates[key](grads, *batch.parts())
+
+    def _update(self, grads: list, variables: list, batch: batches.Batch) -> None:
+        """A step of burn-in or of training."""
+        if not self._options["num_burnin_steps"]:
+            self._train(grads, variables, batch)
+            return
+        with self._in_force():
+            count = state.get_variable(f"{_SCOPE}/burnin_counter", (), tf.int64)
+
+        def burn_in():
+            with self._in_force():
+                kept, _ = self._split(variables)
+                self._make_traced([variables[i] for i in kept], batch).burn_in()
+                self.forget_step()
+
+        tf.cond(
+            count < self._options["num_burnin_steps"],
+            burn_in,
+            lambda: self._train(grads, variables, batch),
+        )
+
+    def _train(self, grads: list, variables: list, batch: batches.Batch) -> None:
+        """A step of training."""
+        kept, left = self._split(variables)
+        self._hyper.refresh(self.iterations)
+        with self._in_force():
+            traced = None
+            if kept:
+                traced = self._make_traced([variables[i] for i in kept], batch)
+                self._working.traced = traced
+                traced.update_curvature()
+            self.decay_weights(variables)
+            watch = self._watch(traced, grads, variables, batch)
+            if kept:
+                traced.apply_gradients(
+                    [(grads[i], models.tf_variable(variables[i])) for i in kept]
+                )
+            if left:
+                replicas = utils.get_num_replicas()  # Whose gradients Keras sums.
+                self._fallback.apply(
+                    [grads[i] / replicas for i in left],
+                    [variables[i] for i in left],
+                    self._rate(),
+                )
+            watch.finish()
+
+    def build_inverse_updates(self) -> None:
+        """Builds updates of all inverses, from the statistics as they are."""
+        for prototype in self._working.prototypes.values():
+            if prototype.traced is not None:
+                prototype.traced.update_inverses()
+
+    def _watch(self, traced, grads, variables, batch) -> step_watch.StepWatch:
+        """Looks at the step from outside: undoes and measures it, if asked to."""
+        rejects = self._options["reject_bad_steps"] and traced is not None
+        also = []
+        if rejects:
+            also = traced.velocities()
+            if self._fallback is not None:
+                also += self._fallback.optimizer.variables
+        return step_watch.StepWatch(
+            variables,
+            also,
+            loss=(lambda: traced.mean_loss(batch)) if rejects else None,
+            on_rejection=traced.raise_damping if rejects else None,
+            gradients=grads if self._working.measures else None,
+        )
+
+    def _rate(self) -> Any:
+        return None if self._options["learning_rate"] is None else self.learning_rate
+
+    def _split(self, variables: Sequence[Any]) -> tuple[list[int], list[int]]:
+        """Positions of the variables that Kfac and that the fallback trains."""
+        left_out: set[Any] = set()
+        for prototype in self._working.prototypes.values():
+            left_out |= prototype.fallback_refs
+        is_left = [models.tf_variable(v).ref() in left_out for v in variables]
+        positions = range(len(variables))
+        return (
+            [i for i in positions if not is_left[i]],
+            [i for i in positions if is_left[i]],
+        )
+
+    @contextlib.contextmanager
+    def _in_force(self) -> Iterator[None]:
+        """State and parameters' names are found in this context."""
+        with (
+            self._store.as_default(),
+            state.parameter_names(self._working.model.state_names()),
+        ):
+            yield
+
+    def _make_traced(
+        self, variables: Sequence[Any], batch: batches.Batch
+    ) -> TracedKfac:
+        """The graph optimizer for these variables, in the current graph.
+
+        Must be called with the state in force.
+        """
+        options = self._options
+        current = {name: self._hyper.read(name) for name in self._hyper.names()}
+        current["learning_rate"] = self._rate()
+        fixed = {
+            key: value
+            for key, value in options.items()
+            if key not in current and key not in arguments.NOT_FORWARDED
+        }
+        if options["adapt_damping"]:
+            own = options["loss_fn"]
+            fixed |= {
+                "loss_fn": self._loss_of if own is None else _on_pairs(own),
+                "train_batch": batch,
+                "use_passed_loss": False,
+            }
+        step_watch.create_state()
+        return self._traced_class(
+            self._working.model,
+            self._registrar(),
+            batch,
+            sample_seed=self._sample_seed(),
+            strict=self._strict,
+            updates_inverses=not self._fit_hook.updates_inverses,
+            var_list=[models.tf_variable(v) for v in variables],
+            name=_SCOPE,
+            **fixed,
+            **current,
+        )
+
+    def _loss_of(self, batch: batches.Batch) -> tf.Tensor:
+        return self._working.model.loss(batch)
+
+    def _sample_seed(self) -> tf.Tensor:
+        """The seed of sampled targets; state, so that a restart goes on with it."""
+        first = arguments.sample_seed(self._seed)
+        return state.get_variable(SAMPLE_SEED, (), tf.int32, first).read_value()
+
+
+def _key(variables: Sequence[Any]) -> tuple:
+    return tuple(id(models.tf_variable(variable)) for variable in variables)
+
+
+def _averaged_over_replicas(grads: list, batch: batches.Batch) -> list:
+    """Gradients of the mean loss of all cases.
+
+    Keras divides a replica's loss by the number of replicas.
+    """
+    if not utils.is_in_replica():
+        return grads
+    size = batch.size()
+    means = [utils.get_num_replicas() * tf.convert_to_tensor(g) for g in grads]
+    weight = size if tf.is_tensor(size) else None
+    return utils.all_average(means, "gradients", weight)
+
+
+def _on_pairs(loss_fn: Callable) -> Callable:
+    """The user's function of `(inputs, targets)` as one of a batch."""
+    return lambda batch: loss_fn((batch.x, batch.y))
