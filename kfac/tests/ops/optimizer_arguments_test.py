@@ -316,3 +316,16 @@ def test_without_a_store_a_function_is_told_what_to_do():
     with pytest.raises(RuntimeError, match="VariableStore"):
         train()
     assert state.current_store() is None
+
+
+def test_integers_are_real_numbers():
+    with tf.Graph().as_default():
+        opt = kfac.KfacOptimizer(
+            learning_rate=1,
+            damping=2,
+            momentum=0,
+            layer_collection=kfac.LayerCollection(),
+            var_list=[],
+        )
+        for value in (opt.learning_rate, opt.damping, opt.momentum):
+            assert value.dtype == tf.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import weakref
 from typing import Any
 
@@ -78,7 +79,7 @@ class ScalarStateMixin:
         """Current damping."""
         if self._adapt_damping:
             return tf.identity(self._damping)
-        return tf.convert_to_tensor(self._damping)
+        return _as_tensor(self._damping)
 
     @property
     def damping_adaptation_interval(self) -> int:
@@ -91,14 +92,14 @@ class ScalarStateMixin:
         if self._uses_quadratic_model:
             chosen = self._qmodel_learning_rate.read_value()
             return scalars.cast(self._learning_rate, chosen.dtype) * chosen
-        return tf.convert_to_tensor(self._learning_rate)
+        return _as_tensor(self._learning_rate)
 
     @property
     def momentum(self) -> tf.Tensor:
         """Momentum; for qmodel types the last one the model used."""
         if self._uses_quadratic_model:
             return self._qmodel_momentum.read_value()
-        return tf.convert_to_tensor(self._momentum)
+        return _as_tensor(self._momentum)
 
     @property
     def rho(self) -> tf.Tensor:
@@ -114,6 +115,13 @@ class ScalarStateMixin:
     def counter(self) -> tf.Tensor:
         """Number of steps taken, int64."""
         return self._counter.read_value()
+
+
+def _as_tensor(value: Any) -> tf.Tensor:
+    """`value` as a tensor; a Python integer is a real number here."""
+    if isinstance(value, numbers.Real):
+        value = float(value)
+    return tf.convert_to_tensor(value)
 
 
 def _at_start(value: Any) -> Any:
