@@ -269,7 +269,9 @@ class TestOtherKinds:
         }
 
     @pytest.mark.parametrize(
-        "collection", [Recorder("full"), Recorder(None, "full")], ids=str
+        "collection",
+        [Recorder("full"), Recorder(None, "full")],
+        ids=["linked", "default"],
     )
     def test_batch_norm_is_one_group_for_other_approximations(self, collection):
         params = variable("s", [3]), variable("o", [3])
