@@ -6,29 +6,34 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from kfac.python.keras import graph_cost
 from kfac.python.keras.layer_cost import layer_costs
-from kfac.python.keras.models import PureModel
-from kfac.python.keras.registration import Registrar
+from kfac.python.keras.models import PureModel, tf_variable
+from kfac.python.keras.registration import Registrar, approximations
 from kfac.python.ops import curvature_matrix_vector_products as products
 from kfac.python.ops import estimator, report, state
 from kfac.python.ops.layer_collection import LayerCollection
 
 
-def input_specs(model: Any, batch_size: int, x: Any) -> Any:
-    """Structure of `tf.TensorSpec`s of static shapes."""
-    given = x
-    if given is None and getattr(model, "inputs", None) is None:
-        raise ValueError(
-            f"{type(model).__name__} does not say what its inputs are; pass x=, one "
-            "batch of inputs or tf.TensorSpecs."
-        )
+def input_specs(model: PureModel, batch_size: int, x: Any = None) -> Any:
+    """Structure of `tf.TensorSpec`s of static shapes.
+
+    Args:
+      model: the model.
+      batch_size: the first size of every input.
+      x: inputs or their specs, where the model does not know them.
+
+    Raises:
+      ValueError: the model knows none, or a size is unknown.
+    """
+    given = model.input_specs() if x is None else x
     if given is None:
-        is_sequential = isinstance(model, keras.Sequential)
-        given = model.inputs[0] if is_sequential else model.input
+        raise ValueError(
+            f"{type(model.model).__name__} does not say what its inputs are; pass x=, "
+            "one batch of inputs or tf.TensorSpecs."
+        )
 
     def spec(leaf):
         shape = [batch_size, *leaf.shape[1:]]
@@ -46,7 +51,7 @@ class CostTrace:
     """Operations and memory of a model, and of the curvature of its layers.
 
     Args:
-      model: the model as a pure function.
+      model: the model as a pure function, with any loss.
       specs: structure of `tf.TensorSpec`s of static shapes, see `input_specs`.
       cov_batch_fraction: part of the batch that statistics are taken from.
       fisher_approx: see `Kfac`.
@@ -75,7 +80,7 @@ class CostTrace:
         tf.function(self._build, autograph=False).get_concrete_function(specs)
 
     def _build(self, x: Any) -> tf.Tensor:
-        variables = self._model.variables()
+        variables = [tf_variable(v) for v in self._model.model.trainable_variables]
         with state.parameter_names(self._model.paths()):
             outputs = [
                 tensor
@@ -88,9 +93,11 @@ class CostTrace:
             for output in outputs:
                 collection.register_squared_error_loss(output)
             batch_size = int(tf.nest.flatten(x)[0].shape[0])
-            Registrar(
-                self._model, None, fisher_approx=self._fisher_approx
-            ).register_layers(collection, variables, batch_size)
+            chosen = approximations(self._model.model, self._fisher_approx)
+            registrar = Registrar(self._model, chosen)
+            left = registrar.left_to_fallback()
+            variables = [v for v in variables if v.ref() not in left]
+            registrar.register_layers(collection, variables, batch_size)
             self._count_products(collection, variables)
             self._count_layers(collection, variables, outputs, batch_size)
         return tf.constant(0)

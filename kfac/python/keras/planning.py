@@ -11,6 +11,7 @@ from kfac.python.keras import arguments
 from kfac.python.keras.cost_trace import CostTrace, input_specs
 from kfac.python.keras.layer_cost import LayerCost
 from kfac.python.keras.models import PureModel
+from kfac.python.keras.optimizers import Kfac
 from kfac.python.ops import report
 
 # A factor that takes more than this is worth a warning; and an average phase of the
@@ -126,9 +127,10 @@ def plan(
       ValueError: unknown options, unknown shapes, or the optimizer is no `Kfac`.
     """
     options = _options(model, optimizer, options)
+    pure = PureModel(model, loss="mean_squared_error")  # Any loss costs the same.
     traced = CostTrace(
-        PureModel(model),
-        input_specs(model, batch_size, x),
+        pure,
+        input_specs(pure, batch_size, x),
         options["cov_batch_fraction"],
         options["fisher_approx"],
     )
@@ -145,25 +147,29 @@ def plan(
 
 
 def _options(model: Any, optimizer: Any, given: dict[str, Any]) -> dict[str, Any]:
-    known = {**arguments.DEFAULTS, "fisher_approx": None, "adaptive": False}
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(f"plan got unknown options {unknown}; known: {sorted(known)}.")
+    """All options, as `Kfac` would complete them, and `fisher_approx`."""
     if optimizer is None:
         compiled = getattr(model, "optimizer", None)
-        optimizer = getattr(compiled, "inner_optimizer", compiled)
-        if not hasattr(optimizer, "mutable_hyperparameters"):
-            optimizer = None
-    elif not hasattr(optimizer, "mutable_hyperparameters"):
+        compiled = getattr(compiled, "inner_optimizer", compiled)
+        optimizer = compiled if isinstance(compiled, Kfac) else None
+    elif not isinstance(optimizer, Kfac):
         raise ValueError(
             f"plan needs a Kfac to read options from, got {type(optimizer).__name__}; "
             "leave it out for the default options."
         )
     config = {} if optimizer is None else optimizer.get_config()
-    options = {**known, **{k: config[k] for k in known if k in config}, **given}
-    if options["adaptive"]:
-        options |= {"momentum_type": "qmodel", "adapt_damping": True}
-    return options
+    adaptive = given.pop("adaptive", False)
+    fisher_approx = given.pop("fisher_approx", config.get("fisher_approx"))
+    if adaptive:
+        for name in ("momentum", "momentum_type", "adapt_damping"):
+            config.pop(name, None)
+    defaults = arguments.DEFAULTS
+    configured = {k: v for k, v in config.items() if k in defaults and v != defaults[k]}
+    given = {**configured, **given}
+    has_model = adaptive or arguments.uses_quadratic_model({**defaults, **given})
+    rate = None if has_model else 1.0
+    options = arguments.resolve(rate, 1.0, adaptive, given)
+    return {**options, "fisher_approx": fisher_approx}
 
 
 def _phases(traced: CostTrace, options: dict[str, Any]) -> tuple[Phase, ...]:
@@ -205,7 +211,7 @@ def _phases(traced: CostTrace, options: dict[str, Any]) -> tuple[Phase, ...]:
             temporary_bytes=2 * parameters,
         ),
     ]
-    if str(options["momentum_type"]).startswith("qmodel"):
+    if arguments.uses_quadratic_model(options):
         part = options["qmodel_batch_fraction"]
         phases.append(
             Phase(

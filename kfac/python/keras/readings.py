@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from kfac.python.keras.optimizers import Kfac
+
 _MOMENT = "/cov/var"
 _FALLBACKS = "/fallbacks"
 _SCOPE = "FisherEstimator/"
@@ -75,7 +77,7 @@ class Readings:
 
     def __init__(self, optimizer: Any):
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-        if not hasattr(optimizer, "mutable_hyperparameters"):
+        if not isinstance(optimizer, Kfac):
             raise ValueError(
                 "Only kfac.keras.optimizers.Kfac has a curvature to look at, got "
                 f"{type(optimizer).__name__}."
@@ -101,17 +103,14 @@ class Readings:
         That is `rho` with an adapted damping, and `momentum` with a quadratic model.
         What the optimizer has not computed yet is NaN.
         """
+        names = ["damping", "learning_rate", "fallbacks"]
         mutable = self._optimizer.mutable_hyperparameters
-        values = {
-            "damping": self._scalar("damping", "damping"),
-            "learning_rate": self._scalar("learning_rate", "qmodel_learning_rate"),
-            "fallbacks": float(sum(self.fallbacks().values())),
-        }
         if "damping" not in mutable:
-            values["rho"] = to_number(self._state().get("rho", np.nan))
+            names.append("rho")
         if "learning_rate" not in mutable:
-            values["momentum"] = self._scalar("momentum", "qmodel_momentum")
-        return values
+            names.append("momentum")
+        current = self._optimizer.scalars()
+        return {name: current[name] for name in names}
 
     def moments(self) -> dict[str, np.ndarray]:
         """Second moments by factor, up to a positive multiple each."""
@@ -129,21 +128,11 @@ class Readings:
             if name.endswith(_FALLBACKS)
         }
 
-    def _scalar(self, name: str, state_name: str) -> float:
-        """A hyper-parameter, or what the optimizer adapts in its place."""
-        optimizer = self._optimizer
-        if name not in optimizer.mutable_hyperparameters:
-            return to_number(self._state().get(state_name, np.nan))
-        value = getattr(optimizer, name)
-        if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
-            value = value(optimizer.iterations)
-        return to_number(value)
-
     def _state(self) -> Mapping[str, Any]:
         """State of the optimizer proper, by name."""
         return {
-            name.partition("/")[2]: variable
-            for name, variable in self._optimizer._store.named_variables().items()
+            name.partition("/")[2]: self._optimizer.state_variable(name)
+            for name in self._optimizer.state_variable_names()
         }
 
     def _factor_state(self) -> Mapping[str, Any]:

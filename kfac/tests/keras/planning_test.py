@@ -212,6 +212,21 @@ def test_options_come_from_the_compiled_optimizer():
     assert _plan(model, cov_update_every=2).phase("statistics").every == 2
 
 
+def test_adaptive_options_are_completed_as_the_optimizer_does():
+    model = MODELS["perceptron"]()
+    assert _plan(model, adaptive=True).phase("inverses").every == 5
+    model.compile(
+        optimizer=Kfac(learning_rate=0.1, damping=0.1, model=model), loss="mse"
+    )
+    assert "quadratic model" not in {phase.name for phase in _plan(model).phases}
+    assert _plan(model, adaptive=True).phase("quadratic model").flops > 0
+
+
+def test_layers_of_the_fallback_optimizer_cost_no_curvature():
+    planned = _plan(MODELS["perceptron"](), fisher_approx=[None, "fallback"])
+    assert [layer.row.shapes for layer in planned.layers] == [((7, 9),)]
+
+
 def test_a_wide_softmax_is_warned_about_and_the_advice_helps():
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(50_000, name="vocabulary")]
@@ -251,7 +266,7 @@ def test_the_table_lists_every_phase_and_the_largest_layers():
     assert f"{planned.ratio_to_gradient:.2f} gradients" in table
 
 
-class _Subclassed(keras.Model):
+class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()
         self.dense = keras.layers.Dense(3)
@@ -261,10 +276,10 @@ class _Subclassed(keras.Model):
 
 
 def test_inputs_of_subclassed_models_are_given():
-    model = _Subclassed()
+    model = Subclassed()
     x = {"a": tf.ones([2, 5])}
     model(x)
-    with pytest.raises(ValueError, match="_Subclassed does not say.*pass x="):
+    with pytest.raises(ValueError, match="Subclassed does not say.*pass x="):
         _plan(model)
     expected = 2 * 2 * BATCH * 5 * 3  # Forward pass, and the kernel's gradient.
     assert _plan(model, x=x).phase("gradient").flops == expected
@@ -272,7 +287,7 @@ def test_inputs_of_subclassed_models_are_given():
 
 def test_unusable_arguments_are_refused():
     model = MODELS["perceptron"]()
-    with pytest.raises(ValueError, match=r"unknown options \['invert_evry'\]"):
+    with pytest.raises(ValueError, match=r"unknown arguments \['invert_evry'\]"):
         _plan(model, invert_evry=3)
     with pytest.raises(ValueError, match="needs a Kfac.*Adam"):
         _plan(model, optimizer=keras.optimizers.Adam())
