@@ -166,6 +166,10 @@ class AccessMixin:
         """Steps between updates of the inverses."""
         return self._options["invert_every"]
 
+    def state_variable_names(self) -> list[str]:
+        """Names of the curvature's state, in the order of its creation."""
+        return list(self._store.named_variables())
+
     def state_variable(self, name: str) -> tf.Variable | None:
         """A variable of the curvature's state by its name, or None."""
         return self._store.named_variables().get(name)

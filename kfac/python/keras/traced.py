@@ -10,7 +10,7 @@ from kfac.python.keras import schedule
 from kfac.python.keras.batches import Batch
 from kfac.python.keras.models import PureModel
 from kfac.python.keras.registration import Registrar
-from kfac.python.ops import report, sub_batch
+from kfac.python.ops import report, sub_batch, utils
 from kfac.python.ops.kfac_utils import periodic_inv_cov_update_kfac_opt
 from kfac.python.ops.layer_collection import LayerCollection
 from kfac.python.ops.optimizer.conditional import run_if
@@ -51,7 +51,10 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         **kwargs: Any,
     ):
         super().__init__(
-            layer_collection=LayerCollection(), batch_size=batch.size(), **kwargs
+            layer_collection=LayerCollection(),
+            # That of the statistics; the quadratic model has its own.
+            batch_size=sub_batch.part_size(cov_batch_fraction, _size_of(batch)),
+            **kwargs,
         )
         self._model = model
         self._registrar = registrar
@@ -71,7 +74,9 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         self.outputs = self._model(part.x)
         # Both words of a stateless seed: the user's, and the step's.
         steps = self.counter + self._burnin_counter.read_value()
-        seed = tf.stack([self._sample_seed, tf.cast(steps, tf.int32)])
+        # Replicas, whose cases differ, draw different targets.
+        own_seed = self._sample_seed + tf.cast(utils.get_replica_id(), tf.int32)
+        seed = tf.stack([own_seed, tf.cast(steps, tf.int32)])
         self._registrar.register_losses(self._layers, self.outputs, part, seed)
         self._registrar.register_layers(
             self._layers, self.registered_variables, part.size()
@@ -115,6 +120,10 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         """The variables of the momentum."""
         return self._get_or_make_velocities(self.registered_variables)
 
+    def mean_loss(self, batch: Batch) -> tf.Tensor:
+        """The loss that damping is adapted by: that of all replicas' cases."""
+        return self._average(self._loss_fn(batch), "loss")
+
     def raise_damping(self) -> Any:
         """Op that makes the adapted damping larger by one adaptation."""
         damping = self._damping.read_value()
@@ -137,3 +146,12 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         collection = LayerCollection()
         self._registrar.register_losses(collection, self._model(part.x), part)
         return collection, part.size()
+
+
+def _size_of(batch: Batch) -> Any:
+    """Number of cases; in a replica always a tensor, which weights its statistics.
+
+    Replicas need not have equally many cases.
+    """
+    size = batch.size()
+    return tf.convert_to_tensor(size) if utils.is_in_replica() else size
