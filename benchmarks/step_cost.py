@@ -49,7 +49,7 @@ def keras_step(
 
 def kfac_optimizer(model: keras.Model, **options) -> keras.optimizers.Optimizer:
     return kfac.keras.optimizers.Kfac(
-        learning_rate=0.03,
+        learning_rate=0.01,
         damping=0.01,
         norm_constraint=1e-2,
         cov_update_every=COV_UPDATE_EVERY,
@@ -70,7 +70,7 @@ def measure_keras(model_name: str, batch_size: int, rounds: int) -> dict:
     makers = {
         "adam": lambda model: keras.optimizers.Adam(1e-3),
         "kfac": kfac_optimizer,
-        "#kfac, 1/4 of the batch": lambda model: kfac_optimizer(
+        "kfac, 1/4 of the batch": lambda model: kfac_optimizer(
             model, cov_batch_fraction=0.25
         ),
     }

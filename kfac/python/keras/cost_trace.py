@@ -81,7 +81,7 @@ class CostTrace:
 
     def _build(self, x: Any) -> tf.Tensor:
         variables = [tf_variable(v) for v in self._model.model.trainable_variables]
-        with state.parameter_names(self._model.paths()):
+        with state.parameter_names(self._model.state_names()):
             outputs = [
                 tensor
                 for tensor in tf.nest.flatten(self._model(x))
