@@ -44,7 +44,8 @@ class FitHook:
         def make_train_function(force=False):
             make(force)
             if self._trains(model):
-                self._optimizer.build_for(model)
+                with model.distribute_strategy.scope():
+                    self._optimizer.build_for(model)
                 if _is_compiled_for_cpu(model):
                     self._wrap(model)
             return model.train_function

@@ -83,6 +83,8 @@ class Hyperparameters(tf.Module):
         value = self._variables.get(name, value)
         if isinstance(value, numbers.Number):
             return float(value)
+        if isinstance(value, tf.Variable):  # Keras cannot convert mirrored ones.
+            return float(value.numpy())
         return float(keras.ops.convert_to_numpy(value))
 
     def _make_variables(self) -> None:

@@ -133,6 +133,8 @@ class LoopsMixin:
             self.apply(gradients, variables)
         finally:
             working.measures = False
+        # Undoes what Keras divides losses by.
+        loss *= models.num_replicas()
         return {"loss": loss, **self.scalars(as_tensors=True)}
 
     def minimize(

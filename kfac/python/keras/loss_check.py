@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from kfac.python.keras import losses
 from kfac.python.keras.batches import Batch
-from kfac.python.keras.models import PureModel
+from kfac.python.keras.models import PureModel, num_replicas
 
 # Keras computes losses in float32 and clips probabilities; what is wrong is off by a
 # factor.
@@ -62,14 +62,19 @@ def check(
         _targets(rng, declared, shapes, specs.y, model.output_names),
     )
 
-    # In a function, for outside of traces tapes do not record.
-    @tf.function(autograph=False)
-    def gradients(z):
+    def gradients(*values):
+        z = dict(zip(shapes, values, strict=True))
         real = _real_gradients(model, declared, outputs, z, batch)
         return real, {key: _gradient(read, z[key]) for read, key in declared}
 
     try:
-        (real, expected), (other_real, other_expected) = map(gradients, points)
+        # In a function, for tapes do not record outside of the step's trace.
+        function = tf.function(gradients, autograph=False).get_concrete_function(
+            *points[0].values()
+        )
+        (real, expected), (other_real, other_expected) = (
+            function(*point.values()) for point in points
+        )
     except Exception as error:
         warnings.warn(
             "Kfac could not compare the loss that the model computes with the declared "
@@ -124,6 +129,7 @@ def _real_gradients(
         predictions[key] = _activate(read, points[key])
     with model.without_side_effects():
         loss = model.compute_loss(batch, losses.from_keys(outputs, predictions))
+        loss *= num_replicas()  # Of which it is one's share.
     leaves = list(points.values())
     found = tf.gradients(loss, leaves, unconnected_gradients="zero")
     return dict(zip(points, found, strict=True))

@@ -206,6 +206,8 @@ def total(
 ) -> tf.Tensor:
     """The weighted sum of the losses of all outputs, as `compile` would make it.
 
+    Under a strategy it is a replica's share, as Keras' losses are.
+
     Args:
       loss: see `read_all`.
       loss_weights: likewise.
@@ -223,6 +225,7 @@ def total(
         else:
             values = resolved(y, at(y_pred, key))
             value = tf.reduce_mean(_weighted(values, sample_weight))
+            value /= tf.distribute.get_strategy().num_replicas_in_sync
         terms.append(weight * value)
     return tf.add_n(terms)
 

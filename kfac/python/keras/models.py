@@ -157,8 +157,8 @@ class PureModel:
         loss = losses.total(
             self.declared_loss, self._loss_weights, outputs, batch, self.output_names
         )
-        loss += sum(tf.reduce_sum(p) for p in getattr(self.model, "losses", ()))
-        return loss / num_replicas()
+        penalties = [tf.reduce_sum(p) for p in getattr(self.model, "losses", ())]
+        return loss + sum(penalties) / num_replicas()
 
     def loss(self, batch: Batch) -> tf.Tensor:
         """The mean training loss of this replica, without side effects."""

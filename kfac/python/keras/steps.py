@@ -230,6 +230,12 @@ class StepsMixin:
         if not tf.executing_eagerly():
             self._update(grads, variables, batch)
             return
+        if utils.is_in_replica():
+            raise ValueError(
+                "Under a tf.distribute strategy Kfac's step has to be traced, because "
+                "replicas meet inside of it: use compile(run_eagerly=False), or call "
+                "strategy.run in a tf.function."
+            )
         updates = self._working.eager_updates
         key = _key(variables)
         if key not in updates:
@@ -387,10 +393,8 @@ def _averaged_over_replicas(grads: list, batch: batches.Batch) -> list:
     """
     if not utils.is_in_replica():
         return grads
-    size = batch.size()
     means = [utils.get_num_replicas() * tf.convert_to_tensor(g) for g in grads]
-    weight = size if tf.is_tensor(size) else None
-    return utils.all_average(means, "gradients", weight)
+    return utils.all_average(means, "gradients", batch.size())
 
 
 def _on_pairs(loss_fn: Callable) -> Callable:

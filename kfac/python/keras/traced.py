@@ -145,7 +145,7 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         part = self._head(self._qmodel_batch_fraction)
         collection = LayerCollection()
         self._registrar.register_losses(collection, self._model(part.x), part)
-        return collection, part.size()
+        return collection, _size_of(part)
 
 
 def _size_of(batch: Batch) -> Any:

@@ -139,15 +139,27 @@ def tensors_of(x: Any, graphs: Sequence[tf.Graph] | None = None) -> list[tf.Tens
     """
     if isinstance(x, tf.Tensor):
         return [x]
-    x = unwrap_variable(x)
-    origin = x.op.outputs[0] if is_reference_variable(x) else x.handle
-    found: dict[int, tf.Tensor] = {} if _is_eager(origin) else {id(origin): origin}
+    origins = _handles(unwrap_variable(x))
+    found = {id(origin): origin for origin in origins if not _is_eager(origin)}
     # Outside in, since an inner graph may capture an outer graph's placeholder.
     for graph in reversed(tuple(graphs or enclosing_graphs())):
         for outer, inner in getattr(graph, "captures", ()):
-            if outer is origin or id(outer) in found:
+            if id(outer) in found or any(outer is origin for origin in origins):
                 found[id(inner)] = inner
     return list(found.values())
+
+
+def _handles(variable: Any) -> list[tf.Tensor]:
+    """What graphs know a variable by; one of each copy, outside of replicas."""
+    if is_reference_variable(variable):
+        return [variable.op.outputs[0]]
+    if (
+        isinstance(variable, tf.distribute.DistributedValues)
+        and tf.distribute.in_cross_replica_context()
+    ):
+        strategy = tf.distribute.get_strategy()
+        return [v.handle for v in strategy.experimental_local_results(variable)]
+    return [variable.handle]
 
 
 def _is_eager(tensor: tf.Tensor) -> bool:
