@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 GENERIC = "generic"
@@ -24,7 +25,8 @@ class Fallback:
 
     def __init__(self, optimizer: keras.optimizers.Optimizer, initial_rate: Any):
         self.optimizer = optimizer
-        self._initial_rate = initial_rate
+        # As it is kept in a variable.
+        self._initial_rate = initial_rate and float(np.float32(initial_rate))
         self._own_rate = _plain_rate(optimizer)
 
     @property

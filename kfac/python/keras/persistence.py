@@ -127,11 +127,14 @@ class PersistenceMixin:
         keys = set(store.keys())
         own = super().variables
         saved = sum(key.isdigit() for key in keys)
-        if saved != len(own) or not any(key.startswith(_STATE) for key in keys):
+        is_kfac = any(key.startswith((_STATE, _HYPER)) for key in keys)
+        if saved != len(own) or not is_kfac:
             warnings.warn(
-                f"Skipping the state of {self.name}: the file holds {saved} variables "
-                f"of Keras' where {len(own)} are expected, or no curvature. It was "
-                "saved by another optimizer, with other options, or before training."
+                f"Skipping the state of {self.name}, since it was saved by another "
+                f"optimizer or with other options: the file holds {saved} variables "
+                f"of Keras' where {len(own)} are expected, and "
+                + ("some" if is_kfac else "none")
+                + " of K-FAC."
             )
             return
         for i, variable in enumerate(own):

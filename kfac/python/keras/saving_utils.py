@@ -36,26 +36,40 @@ def load_model(
     path = getattr(filepath, "filename", filepath)  # Of an open file.
     if path is not filepath:
         filepath.flush()
-    model = keras.models.load_model(path, {"Kfac": Kfac, **(custom_objects or {})})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = keras.models.load_model(path, {"Kfac": Kfac, **(custom_objects or {})})
     if not model.compiled or model.optimizer is None:
         raise ValueError(
             f"{path} holds no training configuration: the model was not compiled when "
             "it was saved. Use keras.models.load_model, and compile."
         )
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    if not isinstance(optimizer, Kfac):
-        return model
-    if optimizer_name is not None:
-        optimizer.name = optimizer_name
+    is_repaired = False
+    if isinstance(optimizer, Kfac):
+        is_repaired = _register(model, optimizer, str(path), optimizer_name)
+    for warning in caught:
+        if not (is_repaired and "Skipping variable loading" in str(warning.message)):
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return model
+
+
+def _register(model: keras.Model, optimizer: Kfac, path: str, name: str | None) -> bool:
+    """Tells the optimizer its model; whether state was read that Keras had skipped."""
+    if name is not None:
+        optimizer.name = name
     optimizer.register_layers(model)
     is_wrapped = optimizer is not model.optimizer
-    if str(path).endswith(".keras") and (is_wrapped or optimizer.fallback is not None):
+    if path.endswith(".keras") and (is_wrapped or optimizer.fallback is not None):
         # Keras' loss scaling and the fallback optimizer had fewer variables than now
         # when their state was read, which made them skip it.
         model.load_weights(path)
-    elif is_wrapped:
+        return True
+    if is_wrapped:
         warnings.warn(
             "Keras' legacy format does not hold the state of an optimizer with loss "
             "scaling: Kfac starts afresh. Save the model as .keras instead."
         )
-    return model
+    return False
