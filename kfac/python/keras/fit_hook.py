@@ -1,7 +1,7 @@
 """What has to happen around the training function of `fit`.
 
 **Before it is traced**: all state is made, because a function that makes variables is
-traced twice.
+traced twice; and the loss is compared again, if the model was compiled again.
 
 **Between its executions**, if XLA compiles it for a CPU: the inverses are updated by
 native kernels.  XLA takes seconds to compile the factorisation of one matrix and runs
@@ -42,8 +42,11 @@ class FitHook:
             return
 
         def make_train_function(force=False):
+            before = model.train_function
             make(force)
             if self._trains(model):
+                if model.train_function is not before:  # Compiled (again).
+                    self._optimizer.recheck_loss()
                 with model.distribute_strategy.scope():
                     self._optimizer.build_for(model)
                 if _is_compiled_for_cpu(model):

@@ -95,7 +95,8 @@ class LoopsMixin:
         """Forward pass, backward pass, curvature and update on one batch.
 
         Called eagerly it runs a `tf.function` of its own; it can also be called in
-        one.
+        one. (With `jit_compile=True` there, XLA compiles the factorisations, too, which
+        takes seconds for each factor on a CPU.)
 
         Args:
           x: inputs.
@@ -112,12 +113,14 @@ class LoopsMixin:
         if not tf.executing_eagerly():
             return self._build_step(x, y, sample_weight)
         working = self._working
-        if working.step_function is None:
-            working.step_function = tf.function(
+        loss = working.model.declared_loss  # Another one after compiling again.
+        if working.step_function is None or working.step_function[1] is not loss:
+            function = tf.function(
                 self._build_step, autograph=False, reduce_retracing=True
             )
+            working.step_function = (function, loss)
         batch = batches.Batch(x, y, sample_weight).as_tensors()
-        return working.step_function(*batch.parts())
+        return working.step_function[0](*batch.parts())
 
     def _build_step(self, x: Any, y: Any, sample_weight: Any) -> dict[str, tf.Tensor]:
         working = self._working

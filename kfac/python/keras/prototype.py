@@ -39,7 +39,7 @@ class Prototype:
         variables: Sequence[Any],
         specs: Batch,
         left_to_fallback: set[Any],
-        generic_to_fallback: bool,
+        fallback_name: str | None,
     ):
         """Registers the model and makes the state; must be called eagerly.
 
@@ -50,8 +50,8 @@ class Prototype:
           variables: what is trained.
           specs: what batches look like; only `x` must be known.
           left_to_fallback: `variable.ref()` of what a fallback optimizer trains.
-          generic_to_fallback: leave to it whatever no layer-specific block covers,
-            too.
+          fallback_name: what the fallback optimizer is called, if there is one to
+            which everything is left that no layer-specific block covers; or None.
 
         Raises:
           ValueError: see `LayerCollection.auto_register_layers`.
@@ -65,8 +65,9 @@ class Prototype:
         self._paths = paths
         self._variables = [tf_variable(variable) for variable in variables]
         self._unused_refs: set[Any] = set()
-        self._generic_to_fallback = generic_to_fallback
-        rows_left_out: list[report.Row] = []
+        self._fallback_name = fallback_name
+        given = [v for v in self._variables if v.ref() in left_to_fallback]
+        rows_left_out = [self._row_of(v, "given to the fallback") for v in given]
         while not self._trace(specs):
             rows_left_out += self.rows
         self.rows = [*self.rows, *rows_left_out]
@@ -92,17 +93,18 @@ class Prototype:
         self.outputs = traced.outputs
         unused = _unused(collection, kept)
         if unused:
-            with state.parameter_names(self._paths):
-                self.rows = [_row_of_unused(variable) for variable in unused]
+            reason = "the losses do not depend on it"
+            self.rows = [self._row_of(variable, reason, "-") for variable in unused]
             self._unused_refs |= {variable.ref() for variable in unused}
             return False
         naive = (fisher_blocks.NaiveDiagonalFB, fisher_blocks.NaiveFullFB)
         blocks = collection.fisher_blocks.items()
         generic = [params for params, block in blocks if isinstance(block, naive)]
-        if generic and self._generic_to_fallback:
-            self.rows = [row for row in self._explain(collection) if row.reason]
-            for params in generic:
-                self.fallback_refs |= {v.ref() for v in utils.ensure_sequence(params)}
+        if generic and self._fallback_name is not None:
+            reasons = collection.generic_reasons
+            left = [v for params in generic for v in utils.ensure_sequence(params)]
+            self.rows = [self._row_of(v, reasons.get(v.ref())) for v in left]
+            self.fallback_refs |= {v.ref() for v in left}
             return False
         traced.create_state()
         self.rows = self._explain(collection)
@@ -113,24 +115,26 @@ class Prototype:
         with state.parameter_names(self._paths):
             return report.explain(collection)
 
+    def _row_of(
+        self, variable: tf.Variable, reason: str | None, block: str | None = None
+    ) -> report.Row:
+        """What is said of a variable that Kfac does not precondition."""
+        return report.Row(
+            variables=(self._paths[variable.ref()],),
+            shapes=(tuple(variable.shape.as_list()),),
+            block=block or self._fallback_name or "-",
+            approximation="-",
+            factor_sides=(),
+            uses=None,
+            towers=0,
+            reason=reason,
+            factor_bytes=0,
+            inverse_bytes=0,
+        )
+
 
 def _unused(collection: Any, variables: Sequence[tf.Variable]) -> list[tf.Variable]:
     """Variables that the registered losses do not depend on."""
     inputs = tf.nest.flatten([loss.inputs for loss in collection.losses])
     subgraph = utils.SubGraph(inputs)
     return [v for v in variables if not subgraph.variable_uses(v)]
-
-
-def _row_of_unused(variable: tf.Variable) -> report.Row:
-    return report.Row(
-        variables=(state.parameter_path(variable),),
-        shapes=(tuple(variable.shape.as_list()),),
-        block="-",
-        approximation="-",
-        factor_sides=(),
-        uses=0,
-        towers=0,
-        reason="the losses do not depend on it",
-        factor_bytes=0,
-        inverse_bytes=0,
-    )

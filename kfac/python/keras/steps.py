@@ -35,8 +35,9 @@ class Working:
       prototypes: ids of the trained variables -> their `Prototype`.
       traced: the graph optimizer of the latest trace, or None.
       approximations: layers and what is asked for them, or None before they are known.
-      eager_updates: ids of variables -> the function that updates them eagerly.
-      step_function: of `Kfac.step`, or None.
+      eager_updates: ids of variables and loss -> the function that updates them
+        eagerly, and the loss.
+      step_function: of `Kfac.step`, and the loss it was made for; or None.
       loss_is_checked: whether the declared loss was compared with the real one.
       measures: whether steps that are built now measure themselves.
       keras_variables: name of state -> the Keras variable around it.
@@ -49,8 +50,8 @@ class Working:
         self.prototypes: dict[tuple, Prototype] = {}
         self.traced: TracedKfac | None = None
         self.approximations: list | None = None
-        self.eager_updates: dict[tuple, Callable] = {}
-        self.step_function: Callable | None = None
+        self.eager_updates: dict[tuple, tuple[Callable, Any]] = {}
+        self.step_function: tuple[Callable, Any] | None = None
         self.loss_is_checked = False
         self.measures = False
         self.keras_variables: dict[str, Any] = {}
@@ -151,8 +152,10 @@ class StepsMixin:
                 'fisher_approx says "fallback" for some layers; pass fallback=, a '
                 "Keras optimizer that trains them."
             )
-        # Strict means that generic variables are an error, which the step raises.
-        generic_too = self._fallback is not None and not self._strict
+        name = None
+        if self.fallback is not None and not self._strict:
+            # (Strict means that generic variables are an error; the step raises it.)
+            name = type(self.fallback).__name__
         prototype = Prototype(
             self._make_traced,
             self._in_force,
@@ -160,7 +163,7 @@ class StepsMixin:
             variables,
             specs,
             left,
-            generic_too,
+            name,
         )
         if self._fallback is not None:
             refs = prototype.fallback_refs
@@ -180,6 +183,10 @@ class StepsMixin:
             return self._recorder.specs
         inputs = None if working.model is None else working.model.input_specs()
         return None if inputs is None else batches.Batch(inputs, None)
+
+    def recheck_loss(self) -> None:
+        """Lets the next step compare the declared with the real loss."""
+        self._working.loss_is_checked = False
 
     def _check_loss(self, variables: Sequence[Any]) -> None:
         """Compares the declared with the real loss, at the first step."""
@@ -237,14 +244,17 @@ class StepsMixin:
                 "strategy.run in a tf.function."
             )
         updates = self._working.eager_updates
-        key = _key(variables)
+        # The loss is kept, since the key has its id.
+        loss = self._working.model.declared_loss
+        key = (*_key(variables), id(loss))
         if key not in updates:
 
             def update(grads, x, y, sample_weight):
                 self._update(grads, variables, batches.Batch(x, y, sample_weight))
 
-            updates[key] = tf.function(update, autograph=False, reduce_retracing=True)
-        updates[key](grads, *batch.parts())
+            function = tf.function(update, autograph=False, reduce_retracing=True)
+            updates[key] = (function, loss)
+        updates[key][0](grads, *batch.parts())
 
     def _update(self, grads: list, variables: list, batch: batches.Batch) -> None:
         """A step of burn-in or of training."""
@@ -275,6 +285,7 @@ class StepsMixin:
             if kept:
                 traced = self._make_traced([variables[i] for i in kept], batch)
                 self._working.traced = traced
+                traced.gradients = [grads[i] for i in kept]
                 traced.update_curvature()
             self.decay_weights(variables)
             watch = self._watch(traced, grads, variables, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -36,6 +37,7 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
 
     Attributes:
       outputs: the model's outputs on which the statistics are registered.
+      gradients: those of the step; statistics are taken if they are finite.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         self._strict = strict
         self._updates_inverses = updates_inverses
         self.outputs: Any = None
+        self.gradients: Sequence[Any] = ()
 
     # ---------------------------------------------------------------- curvature
 
@@ -90,10 +93,14 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         return report.explain(self._layers)
 
     def update_curvature(self) -> None:
-        """Builds both conditional updates of the curvature."""
+        """Builds both conditional updates of the curvature.
+
+        Cases that make the gradient infinite or NaN would stay in the averages for
+        ever; their statistics are left out.
+        """
         step = self.counter
         due = schedule.statistics_due(step, self._cov_update_every)
-        run_if(due, self._update_statistics)
+        run_if(due & _are_finite(self.gradients), self._update_statistics)
         if self._updates_inverses:
             due = schedule.inverses_due(step, self._invert_every)
             run_if(due, self.update_inverses)
@@ -146,6 +153,15 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         collection = LayerCollection()
         self._registrar.register_losses(collection, self._model(part.x), part)
         return collection, _size_of(part)
+
+
+def _are_finite(gradients: Sequence[Any]) -> tf.Tensor:
+    """Whether all are finite, at the cost of one pass over them."""
+    sums = [
+        tf.cast(tf.reduce_sum(getattr(gradient, "values", gradient)), tf.float32)
+        for gradient in gradients
+    ]
+    return tf.math.is_finite(tf.add_n(sums)) if sums else tf.constant(True)
 
 
 def _size_of(batch: Batch) -> Any:

@@ -50,6 +50,9 @@ def test_a_fallback_optimizer_trains_what_is_generic_and_what_it_is_given():
         kernel.numpy(), before[1] - 0.5 * by_kernel, rtol=1e-5, atol=1e-6
     )
     assert np.abs(model.layers[2].kernel.numpy() - before[2]).max() > 0
+    rows = optimizer.explain(print_fn=None)
+    by_block = {row.variables[0].rpartition("/")[2]: row.block for row in rows[-3:]}
+    assert by_block == {"kernel": "SGD", "bias": "SGD", "alpha": "SGD"}
     assert not any("covered" in n for n in optimizer.state_variable_names())
     assert int(sgd.iterations) == int(optimizer.iterations) == 1
 

@@ -251,6 +251,22 @@ def test_a_good_step_is_not_undone():
     assert int(optimizer.state_variable("keras/rejected_steps")) == 0
 
 
+def test_a_batch_with_nan_leaves_no_trace_when_bad_steps_are_rejected():
+    model = cases.sequential()
+    optimizer = cases.make(model, adaptive=True, damping=1.0, reject_bad_steps=True)
+    x, y = cases.data()
+    model.train_on_batch(x, y)
+    before = cases.weights(model)
+    model.train_on_batch(np.where(x > 2, np.nan, x), y)
+    for one, other in zip(cases.weights(model), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for name in optimizer.state_variable_names():
+        if "/cov/" in name or name.endswith("/kfac"):
+            assert np.all(np.isfinite(optimizer.state_variable(name))), name
+    losses = cases.losses_of_fit(model, x, y, epochs=3)
+    assert losses[-1] < losses[0]
+
+
 def test_sampled_targets_depend_on_the_seed_alone():
     x, y = cases.data()
 

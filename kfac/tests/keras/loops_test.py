@@ -111,6 +111,17 @@ def test_an_adaptive_step_reports_what_it_chose():
     assert float(optimizer.learning_rate) == scalars["learning_rate"]
 
 
+def test_a_step_uses_the_loss_that_the_model_was_compiled_with_last():
+    model = cases.sequential()
+    optimizer = cases.make(model)
+    x, y = cases.data()
+    optimizer.step(x, y)
+    model.compile(optimizer, "mse")
+    targets = np.zeros((len(y), cases.CLASSES), np.float32)
+    expected = np.mean(np.square(model(x)))
+    np.testing.assert_allclose(optimizer.step(x, targets)["loss"], expected, rtol=1e-5)
+
+
 def test_a_batch_that_was_not_shown_is_asked_for():
     model = cases.sequential()
     optimizer = cases.make(model)

@@ -42,6 +42,16 @@ def test_a_constant_factor_is_found_and_named():
         train(OwnLoss(factor=3.0))
 
 
+def test_a_loss_that_is_compiled_later_is_compared_again():
+    model = OwnLoss()
+    optimizer = train(model)
+    model.factor = 2.0
+    model.compile(optimizer, "mse")
+    x, y = cases.data()
+    with pytest.raises(LossMismatchError, match="2 times"):
+        model.train_on_batch(x, np.eye(cases.CLASSES, dtype=np.float32)[y])
+
+
 def test_another_loss_is_found():
     with pytest.raises(LossMismatchError, match="another one.*register_losses"):
         train(OwnLoss(power=4))
