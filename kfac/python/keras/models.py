@@ -87,6 +87,7 @@ class PureModel:
         """Whether the model's class overrides Keras' `train_step`."""
         return self.is_compiled and (
             type(self.model).train_step is not keras.Model.train_step
+            and not getattr(self.model, "keeps_loss", False)
         )
 
     def paths(self) -> dict[Any, str]:
