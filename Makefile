@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine:
 #   make demo   the MNIST autoencoder with K-FAC, Adam and SGD (about five minutes)
 #   make test   the whole test suite
+# make demo-distributed trains with two worker processes on this machine (a minute).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,12 +13,17 @@ SECONDS_EACH ?= 60
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-distributed test lint format clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m kfac.examples.autoencoder_mnist \
 	    --optimizer=kfac,adam,sgd --train_seconds=$(SECONDS_EACH) \
 	    --plot=results/autoencoder_mnist.png
+
+demo-distributed: $(VENV)/.examples
+	$(BIN)/python -m kfac.examples.launch_local --num_workers=2 -- \
+	    $(BIN)/python -m kfac.examples.classifier_mnist_tpu_strategy \
+	    --strategy=multi_worker
 
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal

@@ -11,8 +11,9 @@ every other strategy, with the same results:
     loop.run(dataset, steps=1000, checkpoint_every=100)
 
 **Data.** `dataset` gives the batches of all replicas together; each takes its part.
-It must be repeated often enough, and give the same batches each time it is iterated:
-after a restart as many are skipped as steps were taken.
+It must be repeated often enough, and give the same batches in every process that
+iterates it: after a restart as many are skipped as steps were taken.  Where skipping
+is slow, `dataset` may be a function that gives the batches from a step on.
 
 **Failure.** A collective cannot go on without a member.  If a worker dies, hangs or is
 cut off, all others end with `PeerLostError`; start all again, for instance by
@@ -98,6 +99,9 @@ class DistributedLoop:
             optimizer.build_for(model)
         self._train = tf.function(self._train_step, reduce_retracing=True)
         self._evaluate = tf.function(self._evaluate_step, reduce_retracing=True)
+        self._rendezvous = tf.function(
+            lambda: strategy.reduce("SUM", strategy.run(lambda: 1.0), axis=None)
+        )
         self._manager: tf.train.CheckpointManager | None = None
         if directory is not None:
             self._open(pathlib.Path(directory), keep)
@@ -106,7 +110,7 @@ class DistributedLoop:
 
     def run(
         self,
-        dataset: tf.data.Dataset,
+        dataset: tf.data.Dataset | Callable[[int], tf.data.Dataset],
         steps: int,
         checkpoint_every: int | None = None,
         evaluate: Callable[[], Scalars] | None = None,
@@ -117,7 +121,8 @@ class DistributedLoop:
         """Trains until `steps` steps have been taken, those before a restart included.
 
         Args:
-          dataset: batches `(x, y)` or `(x, y, sample_weight)` of all replicas.
+          dataset: batches `(x, y)` or `(x, y, sample_weight)` of all replicas, or a
+            function of the number of steps taken that gives those to come.
           steps: how many steps in all.
           checkpoint_every: steps between checkpoints; there is one at the end, too.
           evaluate: measures the model; called by every worker.
@@ -154,6 +159,7 @@ class DistributedLoop:
                     if last or _is_due(done, checkpoint_every):
                         self.save()
                     watchdog.pat()
+                self._meet()
             except _LOST as error:
                 if not strategies.is_multi_worker(self._strategy):
                     raise
@@ -165,15 +171,21 @@ class DistributedLoop:
                 ) from error
         return scalars
 
-    def _batches(self, dataset: tf.data.Dataset) -> Any:
+    def _batches(self, dataset: Any) -> Any:
+        taken = int(self.step.numpy())
+        rest = dataset(taken) if callable(dataset) else dataset.skip(taken)
+        return iter(self._distributed(rest))
+
+    def _distributed(self, dataset: tf.data.Dataset) -> Any:
         options = tf.data.Options()
         # Every worker reads everything and keeps its part of each batch.
         options.experimental_distribute.auto_shard_policy = (
             tf.data.experimental.AutoShardPolicy.DATA
         )
         options.deterministic = True
-        rest = dataset.skip(int(self.step.numpy())).with_options(options)
-        return iter(self._strategy.experimental_distribute_dataset(rest))
+        return self._strategy.experimental_distribute_dataset(
+            dataset.with_options(options)
+        )
 
     def _train_step(self, batch: tuple) -> dict[str, tf.Tensor]:
         def step(batch):
@@ -204,14 +216,7 @@ class DistributedLoop:
         """
         self._scores = dict(scores)
         totals = dict.fromkeys(["cases", *scores], 0.0)
-        options = tf.data.Options()
-        options.experimental_distribute.auto_shard_policy = (
-            tf.data.experimental.AutoShardPolicy.DATA
-        )
-        distributed = self._strategy.experimental_distribute_dataset(
-            dataset.with_options(options)
-        )
-        for batch in distributed:
+        for batch in self._distributed(dataset):
             for name, value in self._evaluate(batch).items():
                 totals[name] += float(value)
         return {name: totals[name] / totals["cases"] for name in scores}
@@ -237,7 +242,7 @@ class DistributedLoop:
         """Writes a checkpoint; to be called by all workers. Returns its path."""
         if self._manager is None:
             return None
-        path = self._manager.save(checkpoint_number=self.step)
+        path = self._manager.save(checkpoint_number=int(self.step.numpy()))
         if not self._is_chief:
             # All have to take part, but one copy is enough.
             shutil.rmtree(self._manager.directory, ignore_errors=True)
@@ -256,6 +261,11 @@ class DistributedLoop:
             own = directory / f".worker_{resolver.task_type}_{resolver.task_id}"
         self._manager = tf.train.CheckpointManager(checkpoint, str(own), keep)
         self._directory = directory
+
+    def _meet(self) -> None:
+        """Waits for all workers: one that ends early looks dead to the others."""
+        if strategies.is_multi_worker(self._strategy):
+            self._rendezvous()
 
     def _last_checkpoint(self) -> str:
         if self._manager is None:
