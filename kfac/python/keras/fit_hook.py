@@ -3,37 +3,32 @@
 **Before it is traced**: all state is made, because a function that makes variables is
 traced twice; and the loss is compared again, if the model was compiled again.
 
-**Between its executions**, if XLA compiles it for a CPU: the inverses are updated by
+**Before each of its steps**, if XLA compiles it for a CPU: the curvature is updated by
 native kernels.  XLA takes seconds to compile the factorisation of one matrix and runs
 it half as fast; its eigendecomposition is 40 times as slow.  With `jit_compile=True`
-the compiled step therefore leaves the inverses alone.  They are then those of the
-statistics before the step, where otherwise they include its own; the first step, which
-finds none, moves only what is not preconditioned by a matrix.
+the compiled step therefore only uses the inverses, and each batch is shown to a
+function that is not compiled first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import keras
 import tensorflow as tf
-
-from kfac.python.keras.schedule import inverses_due
-
-_COUNTER = "kfac/counter"
 
 
 class FitHook:
     """Looks after the training function of one model for one `Kfac`.
 
     Attributes:
-      updates_inverses: whether the step that is being traced shall not do it itself.
+      updates_curvature: whether the step that is being traced shall not do it itself.
     """
 
     def __init__(self, optimizer: Any):
         self._optimizer = optimizer
-        self._update: Callable | None = None
-        self.updates_inverses = False
+        self.updates_curvature = False
 
     def attach(self, model: Any) -> None:
         """Wraps `model.make_train_function`; does nothing the second time."""
@@ -44,13 +39,13 @@ class FitHook:
         def make_train_function(force=False):
             before = model.train_function
             make(force)
+            if self._trains(model) and model.train_function is not before:
+                self._optimizer.recheck_loss()  # Compiled (again).
+                if self._separates_curvature(model):
+                    function = model.train_function
+                    model.train_function = lambda data: self._run(model, function, data)
             if self._trains(model):
-                if model.train_function is not before:  # Compiled (again).
-                    self._optimizer.recheck_loss()
-                with model.distribute_strategy.scope():
-                    self._optimizer.build_for(model)
-                if _is_compiled_for_cpu(model):
-                    self._wrap(model)
+                self._optimizer.build_for(model)
             return model.train_function
 
         make_train_function.kfac_hook = self
@@ -61,43 +56,40 @@ class FitHook:
         inner = getattr(optimizer, "inner_optimizer", optimizer)  # Loss scaling.
         return inner is self._optimizer
 
-    def _wrap(self, model: Any) -> None:
-        if not isinstance(model.train_function, _Between):
-            model.train_function = _Between(model.train_function, self)
+    def _separates_curvature(self, model: Any) -> bool:
+        # A training step of one's own may train on something else than its data.
+        own_step = type(model).train_step is not keras.Model.train_step
+        kinds = {device.device_type for device in tf.config.list_physical_devices()}
+        on_cpu = kinds <= {"CPU", "XLA_CPU"}
+        separable = self._optimizer.can_separate_curvature
+        return model.jit_compile and on_cpu and separable and not own_step
 
-    def run(self, function: Callable, *args: Any) -> Any:
-        """Calls a training function, and updates the inverses if that became due."""
-        before = self._count()
-        self.updates_inverses = True
-        try:
-            result = function(*args)
-        finally:
-            self.updates_inverses = False
-        period = self._optimizer.invert_every
-        if any(inverses_due(k, period) for k in range(before + 1, self._count() + 1)):
-            if self._update is None:
-                self._update = tf.function(self._optimizer.build_inverse_updates)
-            self._update()
-        return result
+    def _run(self, model: Any, function: Callable, iterator: Iterator) -> Any:
+        """Steps of an execution, each after an update of the curvature.
 
-    def _count(self) -> int:
-        counter = self._optimizer.state_variable(_COUNTER)
-        return 0 if counter is None else int(counter)
-
-
-class _Between:
-    """A training function that is followed by updates of the inverses."""
-
-    def __init__(self, function: Callable, hook: FitHook):
-        self._function = function
-        self._hook = hook
-
-    def __call__(self, *args: Any) -> Any:
-        return self._hook.run(self._function, *args)
+        Raises:
+          StopIteration: the data are exhausted.
+        """
+        logs = None
+        for _ in range(model.steps_per_execution):
+            try:
+                data = next(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                if logs is None:
+                    raise
+                break
+            self._optimizer.update_curvature(*_unpacked(data))
+            self.updates_curvature = True
+            try:
+                logs = function(iter([data]))
+            finally:
+                self.updates_curvature = False
+        return logs
 
 
-def _is_compiled_for_cpu(model: Any) -> bool:
-    if not model.jit_compile:
-        return False
-    kinds = {device.device_type for device in tf.config.list_physical_devices()}
-    return kinds <= {"CPU", "XLA_CPU"}
+def _unpacked(data: Any) -> tuple:
+    """`(x, y, sample_weight)`; Keras' data may say None by an empty optional."""
+    given = tf.nest.map_structure(
+        lambda leaf: None if isinstance(leaf, tf.experimental.Optional) else leaf, data
+    )
+    return keras.utils.unpack_x_y_sample_weight(given)

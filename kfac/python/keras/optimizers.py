@@ -17,8 +17,9 @@ from kfac.python.keras.fit_hook import FitHook
 from kfac.python.keras.hyperparameters import MUTABLE, Hyperparameters
 from kfac.python.keras.loops import LoopsMixin
 from kfac.python.keras.persistence import PersistenceMixin
-from kfac.python.keras.steps import StepsMixin, Working
+from kfac.python.keras.steps import StepsMixin
 from kfac.python.keras.traced import TracedKfac
+from kfac.python.keras.working import Working
 from kfac.python.ops import state
 
 __all__ = ["CurvatureUpdates", "DampingAdaptation", "Kfac"]

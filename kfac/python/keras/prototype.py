@@ -25,7 +25,8 @@ class Prototype:
     """What is known of the training of one set of variables.
 
     Attributes:
-      traced: the graph optimizer of the scratch graph.
+      traced: the graph optimizer of the scratch graph; None if nothing is kept.
+      kept: the variables that it trains.
       rows: how parameters are covered, as `LayerCollection.explain` tells it.
       outputs: structure of the model's outputs, tensors of the scratch graph.
       fallback_refs: `variable.ref()` of those that the fallback optimizer trains.
@@ -57,6 +58,7 @@ class Prototype:
           ValueError: see `LayerCollection.auto_register_layers`.
         """
         self.traced: TracedKfac | None = None
+        self.kept: list[tf.Variable] = []
         self.rows: list[report.Row] = []
         self.outputs: Any = None
         self.fallback_refs = set(left_to_fallback)
@@ -84,7 +86,7 @@ class Prototype:
 
     def _register(self, batch: Batch) -> bool:
         left_out = self.fallback_refs | self._unused_refs
-        kept = [v for v in self._variables if v.ref() not in left_out]
+        self.kept = kept = [v for v in self._variables if v.ref() not in left_out]
         self.rows = []
         if not kept:
             return True

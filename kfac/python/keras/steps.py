@@ -26,47 +26,6 @@ SAMPLE_SEED = "keras/sample_seed"
 _SCOPE = "kfac"
 
 
-class Working:
-    """What belongs to traces, and must not be tracked for checkpoints.
-
-    Attributes:
-      model: the model as a pure function, or None.
-      batches: the batch of the step that is being built, by replica.
-      prototypes: ids of the trained variables -> their `Prototype`.
-      traced: the graph optimizer of the latest trace, or None.
-      approximations: layers and what is asked for them, or None before they are known.
-      eager_updates: ids of variables and loss -> the function that updates them
-        eagerly, and the loss.
-      step_function: of `Kfac.step`, and the loss it was made for; or None.
-      loss_is_checked: whether the declared loss was compared with the real one.
-      measures: whether steps that are built now measure themselves.
-      keras_variables: name of state -> the Keras variable around it.
-      loaded_weights: values of `weights` or `variables`, until there are these.
-    """
-
-    def __init__(self):
-        self.model: models.PureModel | None = None
-        self.batches: dict[int, batches.Batch | None] = {}
-        self.prototypes: dict[tuple, Prototype] = {}
-        self.traced: TracedKfac | None = None
-        self.approximations: list | None = None
-        self.eager_updates: dict[tuple, tuple[Callable, Any]] = {}
-        self.step_function: tuple[Callable, Any] | None = None
-        self.loss_is_checked = False
-        self.measures = False
-        self.keras_variables: dict[str, Any] = {}
-        self.loaded_weights: list[Any] | None = None
-
-    @property
-    def batch(self) -> batches.Batch | None:
-        """The batch of the step that is being built; replicas build theirs in turns."""
-        return self.batches.get(batches.replica())
-
-    @batch.setter
-    def batch(self, value: batches.Batch | None) -> None:
-        self.batches[batches.replica()] = value
-
-
 class StepsMixin:
     """The part of `Kfac` that builds steps."""
 
@@ -285,8 +244,11 @@ class StepsMixin:
             if kept:
                 traced = self._make_traced([variables[i] for i in kept], batch)
                 self._working.traced = traced
-                traced.gradients = [grads[i] for i in kept]
-                traced.update_curvature()
+                if self._fit_hook.updates_curvature:
+                    traced.use_curvature_of(self._prototype_for(batch).traced)
+                else:
+                    traced.gradients = [grads[i] for i in kept]
+                    traced.update_curvature()
             self.decay_weights(variables)
             watch = self._watch(traced, grads, variables, batch)
             if kept:
@@ -302,11 +264,52 @@ class StepsMixin:
                 )
             watch.finish()
 
-    def build_inverse_updates(self) -> None:
-        """Builds updates of all inverses, from the statistics as they are."""
-        for prototype in self._working.prototypes.values():
-            if prototype.traced is not None:
-                prototype.traced.update_inverses()
+    # ------------------------------------------------------------ apart from steps
+
+    @property
+    def can_separate_curvature(self) -> bool:
+        """Whether `update_curvature` can do what a step leaves out."""
+        return (
+            self._traced_class is TracedKfac
+            and not self._options["num_burnin_steps"]
+            and not self.gradient_accumulation_steps
+        )
+
+    def update_curvature(self, x: Any, y: Any, sample_weight: Any = None) -> None:
+        """Updates the curvature on a batch, where it is due, apart from the step.
+
+        Runs a `tf.function` of its own. The step that follows must be built while
+        somebody says that it need not do that, see `fit_hook`.
+        """
+        batch = batches.Batch(x, y, sample_weight).as_tensors()
+        working = self._working
+        prototype = self._prototype_for(batch)
+        if prototype.traced is None:
+            return
+        loss = working.model.declared_loss
+        key = ("curvature", id(prototype), id(loss))
+        if key not in working.eager_updates:
+
+            def update(x, y, sample_weight):
+                with self._in_force():
+                    self._hyper.refresh(self.iterations)
+                    self._make_traced(
+                        prototype.kept, batches.Batch(x, y, sample_weight)
+                    ).update_curvature()
+
+            function = tf.function(update, autograph=False, reduce_retracing=True)
+            working.eager_updates[key] = (function, loss)
+        working.eager_updates[key][0](*batch.parts())
+
+    def _prototype_for(self, batch: batches.Batch) -> Prototype:
+        """That of the present trainable variables; makes what is not made yet."""
+        model = self._known_model().model
+        if not getattr(model, "built", True):
+            model(batch.x, training=False)
+        if self._recorder.specs is None:
+            self._recorder.specs = batch.specs()
+        self.build(model.trainable_variables)
+        return self._working.prototypes[_key(model.trainable_variables)]
 
     def _watch(self, traced, grads, variables, batch) -> step_watch.StepWatch:
         """Looks at the step from outside: undoes and measures it, if asked to."""
@@ -377,7 +380,6 @@ class StepsMixin:
             batch,
             sample_seed=self._sample_seed(),
             strict=self._strict,
-            updates_inverses=not self._fit_hook.updates_inverses,
             var_list=[models.tf_variable(v) for v in variables],
             name=_SCOPE,
             **fixed,

@@ -31,8 +31,6 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
       cov_batch_fraction: part of the batch for the statistics.
       sample_seed: int32 scalar; sampled targets depend on it and on the counter alone.
       strict: refuse variables without a Kronecker-factored or exact block.
-      updates_inverses: whether the step updates inverses where they are due; if not,
-        somebody else does.
       **kwargs: of `PeriodicInvCovUpdateKfacOpt`, without the layer collection.
 
     Attributes:
@@ -49,7 +47,6 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         cov_batch_fraction: float,
         sample_seed: Any,
         strict: bool,
-        updates_inverses: bool = True,
         **kwargs: Any,
     ):
         super().__init__(
@@ -64,7 +61,6 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         self._cov_batch_fraction = cov_batch_fraction
         self._sample_seed = sample_seed
         self._strict = strict
-        self._updates_inverses = updates_inverses
         self.outputs: Any = None
         self.gradients: Sequence[Any] = ()
 
@@ -101,14 +97,18 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         step = self.counter
         due = schedule.statistics_due(step, self._cov_update_every)
         run_if(due & _are_finite(self.gradients), self._update_statistics)
-        if self._updates_inverses:
-            due = schedule.inverses_due(step, self._invert_every)
-            run_if(due, self.update_inverses)
+        due = schedule.inverses_due(step, self._invert_every)
+        run_if(due, self.update_inverses)
 
     def update_inverses(self) -> list:
         """Ops that update all inverses, by the registration of this trace."""
         _, inverse_thunks = self._thunks
         return [thunk() for thunk in inverse_thunks]
+
+    def use_curvature_of(self, other: TracedKfac) -> None:
+        """Takes inverses from variables that another trace keeps up to date."""
+        self._layers = other._layers
+        self._fisher_est = other._fisher_est
 
     def burn_in(self) -> None:
         """Builds a step that only collects statistics, as plain sums."""

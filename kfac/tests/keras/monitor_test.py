@@ -78,7 +78,7 @@ def test_inverses_are_due_often_at_first_then_once_a_period():
     assert due == [0, 1, 2, 4, 8, 16, 32]
     in_graph = schedule.inverses_due(tf.range(40, dtype=tf.int64), 16)
     assert np.flatnonzero(in_graph).tolist() == due
-    assert [s for s in range(7) if schedule.statistics_due(s, 3)] == [0, 3, 6]
+    assert [s for s in range(9) if schedule.statistics_due(s, 4)] == [0, 1, 2, 4, 8]
 
 
 # The callback.
