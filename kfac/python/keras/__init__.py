@@ -1,6 +1,21 @@
 """K-FAC for Keras 3: optimizers, callbacks, saving, and the pieces between."""
 
-from kfac.python.keras import callbacks, optimizers, saving_utils, utils
+from kfac.python.keras import (
+    callbacks,
+    fishleg,
+    natural_gradient,
+    optimizers,
+    saving_utils,
+    utils,
+)
 from kfac.python.keras.planning import plan
 
-__all__ = ["callbacks", "optimizers", "plan", "saving_utils", "utils"]
+__all__ = [
+    "callbacks",
+    "fishleg",
+    "natural_gradient",
+    "optimizers",
+    "plan",
+    "saving_utils",
+    "utils",
+]

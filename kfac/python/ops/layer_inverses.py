@@ -129,9 +129,9 @@ class KroneckerInverse(LayerInverse):
         return list(from_matrix(templates, matrix))
 
 
-@register(fb.DepthwiseConvKFCBasicFB)
+@register(fb.DepthwiseConvKFCBasicFB, fb.DepthwiseConvDiagonalFB)
 class _DepthwiseInverse(DiagonalInverse):
-    """A Kronecker block by its class, but its filters have no common input."""
+    """A convolution by the blocks' classes, but the filters have no common input."""
 
 
 def _square_times(root: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
