@@ -61,12 +61,12 @@ def _many_layers():
     return keras.Sequential(
         [
             keras.Input([4, 4, 2]),
-            layers.Conv2D(3, 2, activation="relu"),
-            layers.BatchNormalization(),
-            layers.DepthwiseConv2D(2),
+            layers.Conv2D(3, 2, activation="relu", name="conv"),
+            layers.BatchNormalization(name="norm"),
+            layers.DepthwiseConv2D(2, name="depthwise"),
             layers.Flatten(),
-            layers.Dense(4, activation="tanh", use_bias=False),
-            layers.Dense(3),
+            layers.Dense(4, activation="tanh", use_bias=False, name="first"),
+            layers.Dense(3, name="last"),
         ]
     )
 
@@ -86,13 +86,12 @@ def test_each_layer_has_the_inverse_of_its_kind():
         (name,) = [name for name in names if name.endswith(f"/{ending}")]
         return tuple(optimizer.state_variable(name).shape)
 
-    conv, norm, depthwise, _, first, last = (layer.name for layer in model.layers)
-    assert shape(f"{conv}/kernel/left") == (9, 9)
-    assert shape(f"{conv}/kernel/right") == (3, 3)
-    assert shape(f"{norm}/gamma/diagonal_0") == (3,)
-    assert shape(f"{depthwise}/kernel/diagonal_0") == (2, 2, 3, 1)
-    assert shape(f"{first}/kernel/left") == (12, 12)
-    assert shape(f"{last}/kernel/left") == (5, 5)
+    assert shape("conv/kernel/left") == (9, 9)
+    assert shape("conv/kernel/right") == (3, 3)
+    assert shape("norm/gamma/diagonal_0") == (3,)
+    assert shape("depthwise/kernel/diagonal_0") == (2, 2, 3, 1)
+    assert shape("first/kernel/left") == (12, 12)
+    assert shape("last/kernel/left") == (5, 5)
 
 
 def test_the_inverse_is_trained_where_it_is_due_only():
