@@ -24,6 +24,7 @@ be another one, though the last digits then differ.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -97,8 +98,8 @@ class DistributedLoop:
         with strategy.scope():
             self.step = tf.Variable(0, dtype=tf.int64, name="step", trainable=False)
             optimizer.build_for(model)
-        self._train = tf.function(self._train_step, reduce_retracing=True)
-        self._evaluate = tf.function(self._evaluate_step, reduce_retracing=True)
+        self._train = tf.function(self._train_step, autograph=False)
+        self._evaluators: dict[tuple, Callable] = {}
         self._rendezvous = tf.function(
             lambda: strategy.reduce("SUM", strategy.run(lambda: 1.0), axis=None)
         )
@@ -144,7 +145,7 @@ class DistributedLoop:
             try:
                 batches = self._batches(dataset)
                 for step in range(int(self.step.numpy()), steps):
-                    values = self._train(_next(batches, step, steps))
+                    values = self._train(batches)
                     self.step.assign_add(1)
                     watchdog.pat()
                     done, last = step + 1, step + 1 == steps
@@ -160,6 +161,10 @@ class DistributedLoop:
                         self.save()
                     watchdog.pat()
                 self._meet()
+            except tf.errors.OutOfRangeError:
+                raise ValueError(
+                    f"The data ended {self._where()} of {steps}; repeat the data set."
+                ) from None
             except _LOST as error:
                 if not strategies.is_multi_worker(self._strategy):
                     raise
@@ -187,7 +192,7 @@ class DistributedLoop:
             dataset.with_options(options)
         )
 
-    def _train_step(self, batch: tuple) -> dict[str, tf.Tensor]:
+    def _train_step(self, batches: Any) -> dict[str, tf.Tensor]:
         def step(batch):
             values = dict(self._optimizer.step(*batch))
             # The loss is each replica's own; the rest is the same on all of them.
@@ -196,7 +201,8 @@ class DistributedLoop:
             sums = [tf.where(cases > 0, cases * loss, 0.0), cases]
             return sums, values
 
-        sums, values = self._strategy.run(step, args=(batch,))
+        # Drawn here, so that one trace serves batches of all sizes.
+        sums, values = self._strategy.run(step, args=(batches.get_next(),))
         loss, cases = (self._strategy.reduce("SUM", s, axis=None) for s in sums)
         first = lambda value: self._strategy.experimental_local_results(value)[0]
         values = {name: first(value) for name, value in values.items()}
@@ -214,23 +220,30 @@ class DistributedLoop:
           scores: name -> function of `(y, outputs)`, which gives a number for each
             case.
         """
-        self._scores = dict(scores)
+        evaluate = self._evaluators.setdefault(
+            tuple(scores.items()),
+            tf.function(lambda b: self._evaluate_step(b, scores), autograph=False),
+        )
         totals = dict.fromkeys(["cases", *scores], 0.0)
-        for batch in self._distributed(dataset):
-            for name, value in self._evaluate(batch).items():
-                totals[name] += float(value)
+        batches = iter(self._distributed(dataset))
+        with contextlib.suppress(tf.errors.OutOfRangeError):
+            while True:
+                for name, value in evaluate(batches).items():
+                    totals[name] += float(value)
         return {name: totals[name] / totals["cases"] for name in scores}
 
-    def _evaluate_step(self, batch: tuple) -> dict[str, tf.Tensor]:
+    def _evaluate_step(
+        self, batches: Any, scores: Mapping[str, Callable]
+    ) -> dict[str, tf.Tensor]:
         def sums(batch):
             x, y = batch[:2]
             outputs = self._model(x, training=False)
             found = {"cases": tf.cast(tf.shape(outputs)[0], tf.float32)}
-            for name, score in self._scores.items():
+            for name, score in scores.items():
                 found[name] = tf.reduce_sum(tf.cast(score(y, outputs), tf.float32))
             return found
 
-        found = self._strategy.run(sums, args=(batch,))
+        found = self._strategy.run(sums, args=(batches.get_next(),))
         return {
             name: self._strategy.reduce("SUM", value, axis=None)
             for name, value in found.items()
@@ -324,15 +337,6 @@ class _Watchdog:
                 flush=True,
             )
             os._exit(_EXIT_CODE)
-
-
-def _next(batches: Any, step: int, steps: int) -> Any:
-    try:
-        return next(batches)
-    except StopIteration:
-        raise ValueError(
-            f"The data ended after {step} of {steps} steps; repeat the data set."
-        ) from None
 
 
 def _is_due(done: int, every: int | None) -> bool:

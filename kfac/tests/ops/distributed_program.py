@@ -19,7 +19,7 @@ import tensorflow as tf
 import kfac
 from kfac.python.ops.utils import collectives
 
-LAYERS = (6, 5, 4, 3)
+LAYERS = (6, 5, 3)
 CASES = 16
 
 
