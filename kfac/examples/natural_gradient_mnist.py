@@ -82,6 +82,9 @@ METHODS: Mapping[str, Callable[[keras.Model, int], Optimizer]] = {
     "fishleg": _second_order("FishLeg", learning_rate=0.1, damping=0.1),
 }
 flags.DEFINE_list("methods", list(METHODS), "What to compare, in this order.")
+flags.DEFINE_integer(
+    "num_seeds", 1, "Trainings a method, with --seed and the seeds after it."
+)
 
 
 def make_model(hidden_widths: Sequence[int], seed: int) -> keras.Model:
@@ -187,25 +190,49 @@ def compare(
     return histories
 
 
-def table_rows(histories: Sequence[reporting.History]) -> list[list]:
-    """Per method: updates, seconds, losses, accuracies, seconds to SGD's accuracy."""
-    sgd = next((h for h in histories if h.name == "sgd"), None)
-    goal = sgd and sgd.metrics["test_accuracy"][-1]
+def table_rows(trainings: Sequence[Sequence[reporting.History]]) -> list[list[str]]:
+    """Per method: updates, seconds, loss, test accuracy, seconds to SGD's accuracy.
+
+    Args:
+      trainings: for every seed the history of each method. Figures are means over the
+        seeds; seconds and accuracies with the least and the largest in brackets.
+    """
     rows = []
-    for h in histories:
-        reached = seconds_to(h, goal) if goal else None
+    for histories in zip(*trainings, strict=True):
+        to_sgd = [
+            _seconds_to_sgd(history, others)
+            for history, others in zip(histories, trainings, strict=True)
+        ]
+        losses = [h.metrics["train_loss"][-1] for h in histories]
+        accuracies = [h.metrics["test_accuracy"][-1] for h in histories]
         rows.append(
             [
-                h.name,
-                str(h.updates[-1]),
-                f"{h.seconds[-1]:.1f}",
-                h.metrics["train_loss"][-1],
-                f"{h.metrics['test_accuracy'][-1]:.2f}",
-                f"{max(h.metrics['test_accuracy']):.2f}",
-                "-" if reached is None else f"{reached:.1f}",
+                histories[0].name,
+                str(histories[0].updates[-1]),
+                _spread([h.seconds[-1] for h in histories], 1),
+                f"{np.mean(losses):.4f}",
+                _spread(accuracies, 2),
+                _spread(to_sgd, 1),
             ]
         )
     return rows
+
+
+def _seconds_to_sgd(
+    history: reporting.History, others: Sequence[reporting.History]
+) -> float | None:
+    sgd = next((h for h in others if h.name == "sgd"), None)
+    return sgd and seconds_to(history, sgd.metrics["test_accuracy"][-1])
+
+
+def _spread(values: Sequence[float | None], digits: int) -> str:
+    """Mean and range; "-" if one of the values is missing."""
+    if None in values:
+        return "-"
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def main(argv: list[str]) -> None:
@@ -217,36 +244,42 @@ def main(argv: list[str]) -> None:
             f"--methods: unknown {unknown}; expected {sorted(METHODS)}."
         )
     data = program.load_data().flat()
-    histories = compare(
-        FLAGS.methods,
-        data,
-        lambda: classification.batches(data, FLAGS.batch_size, FLAGS.seed),
-        hidden_widths=program.hidden_widths(),
-        num_steps=FLAGS.train_steps,
-        eval_every=FLAGS.eval_every,
-        eval_size=FLAGS.eval_size,
-        seed=FLAGS.seed,
-    )
+    trainings = [
+        compare(
+            FLAGS.methods,
+            data,
+            lambda seed=seed: classification.batches(data, FLAGS.batch_size, seed),
+            hidden_widths=program.hidden_widths(),
+            num_steps=FLAGS.train_steps,
+            eval_every=FLAGS.eval_every,
+            eval_size=FLAGS.eval_size,
+            seed=seed,
+        )
+        for seed in range(FLAGS.seed, FLAGS.seed + FLAGS.num_seeds)
+    ]
+    many = FLAGS.num_seeds > 1
     reporting.print_table(
-        "MNIST, after training",
+        "MNIST, after training"
+        + many * f": mean (least-largest) of {FLAGS.num_seeds} seeds",
         [
             "method",
             "updates",
             "seconds",
             "training loss",
             "test accuracy %",
-            "best %",
             "s to SGD's",
         ],
-        table_rows(histories),
+        table_rows(trainings),
     )
     if FLAGS.plot:
         reporting.plot(
-            histories,
+            trainings[0],
             FLAGS.plot,
             "784-128-64-10 on MNIST",
             {"train_loss": "training loss", "test_error": "test error, %"},
         )
+    if FLAGS.results:
+        reporting.write_json([h for each in trainings for h in each], FLAGS.results)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 # Columns of text where the output is not a terminal.
-_PLAIN_WIDTH = 100
+_PLAIN_WIDTH = 110
 
 
 @dataclasses.dataclass
@@ -106,7 +106,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) ->
 
     view = table.Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        view.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        justify = "left" if i == 0 else "right"
+        view.add_column(column, justify=justify, overflow="fold", no_wrap=i == 0)
     for row in rows:
         view.add_row(
             *(cell if isinstance(cell, str) else f"{cell:,.4g}" for cell in row)

@@ -34,15 +34,27 @@ def test_curvature_needs_fewer_updates_than_sgd(histories):
         assert final[method] < final["sgd"]
 
 
+def _run(name, seconds_an_update, accuracies):
+    history = reporting.History(name)
+    for update, accuracy in enumerate(accuracies):
+        metrics = {"train_loss": 1.0, "test_accuracy": accuracy}
+        history.record(update, seconds_an_update * update, metrics)
+    return history
+
+
 def test_the_table_tells_when_sgds_accuracy_was_reached():
-    sgd, other = (reporting.History(name) for name in ("sgd", "kfac"))
-    for update, accuracy in enumerate((10.0, 50.0, 90.0)):
-        sgd.record(update, 2.0 * update, _metrics(accuracy))
-        other.record(update, 3.0 * update, _metrics(accuracy + 40))
-    rows = natural_gradient_mnist.table_rows([sgd, other])
+    sgd = _run("sgd", 2.0, (10.0, 50.0, 90.0))
+    rows = natural_gradient_mnist.table_rows([[sgd, _run("kfac", 3.0, (50, 90, 99))]])
     assert [row[-1] for row in rows] == ["4.0", "3.0"]
     assert natural_gradient_mnist.seconds_to(sgd, 95.0) is None
 
 
-def _metrics(accuracy):
-    return {"train_loss": 1.0, "test_accuracy": accuracy}
+def test_the_table_shows_means_and_ranges_over_seeds():
+    slow, fast = _run("sgd", 2.0, (10.0, 90.0)), _run("sgd", 1.0, (10.0, 80.0))
+    never = _run("adam", 1.0, (10.0, 20.0))
+    sgd, adam = natural_gradient_mnist.table_rows([[slow, never], [fast, never]])
+    assert sgd == [
+        *["sgd", "1", "1.5 (1.0-2.0)", "1.0000"],
+        *["85.00 (80.00-90.00)", "1.5 (1.0-2.0)"],
+    ]
+    assert adam[-1] == "-"
