@@ -30,6 +30,20 @@ DEFAULTS = {
     "eval_every": 10,
     "eval_size": 2000,
 }
+# Common flags that mean nothing here.
+WITHOUT = (
+    "optimizer",
+    "train_seconds",
+    "l2_reg",
+    "cov_batch_fraction",
+    "qmodel_batch_fraction",
+    "cov_update_every",
+    "invert_every",
+    "auto_register_layers",
+    "device",
+    "learning_rate",
+    "damping",
+)
 
 Optimizer = keras.optimizers.Optimizer
 
@@ -83,7 +97,10 @@ METHODS: Mapping[str, Callable[[keras.Model, int], Optimizer]] = {
 }
 flags.DEFINE_list("methods", list(METHODS), "What to compare, in this order.")
 flags.DEFINE_integer(
-    "num_seeds", 1, "Trainings a method, with --seed and the seeds after it."
+    "num_seeds",
+    1,
+    "Trainings a method, with --seed and the seeds after it.",
+    lower_bound=1,
 )
 
 
@@ -283,4 +300,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program.start(main, DEFAULTS)
+    program.start(main, DEFAULTS, WITHOUT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -42,8 +42,21 @@ flags.DEFINE_string("plot", None, "Where to write a PNG of the training curves."
 flags.DEFINE_string("results", None, "Where to write the measurements, as JSON.")
 
 
-def start(main: Callable[[list[str]], None], defaults: Mapping[str, object]) -> None:
-    """Runs a program whose flags have other defaults than the common ones."""
+def start(
+    main: Callable[[list[str]], None],
+    defaults: Mapping[str, object],
+    without: Iterable[str] = (),
+) -> None:
+    """Runs a program.
+
+    Args:
+      main: of the program.
+      defaults: flag -> default, where it differs from the common one.
+      without: common flags that would do nothing here. They are refused, like any
+        unknown flag.
+    """
+    for name in without:
+        delattr(FLAGS, name)
     for name, value in defaults.items():
         FLAGS.set_default(name, value)
     app.run(main)

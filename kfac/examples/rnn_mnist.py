@@ -63,4 +63,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program.start(main, DEFAULTS)
+    program.start(main, DEFAULTS, without=["hidden_widths"])

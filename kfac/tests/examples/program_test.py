@@ -1,6 +1,8 @@
 """Flags that all examples share, and what is done for each optimizer."""
 
 import itertools
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -97,6 +99,20 @@ def test_a_program_may_have_other_defaults(monkeypatch):
         program.start("main", {"damping": 7.0})
     FLAGS.set_default("damping", before)
     assert seen == {"damping": 7.0, "ran": "main"}
+
+
+def test_a_flag_that_would_do_nothing_is_refused():
+    finished = subprocess.run(
+        [
+            *[sys.executable, "-m", "kfac.examples.cg_preconditioning"],
+            "--invert_every=3",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode != 0
+    assert "Unknown command line flag 'invert_every'" in finished.stderr
 
 
 def test_the_report_is_a_table_and_a_plot_if_asked_for(tmp_path, capsys):
