@@ -32,22 +32,8 @@ DEFAULTS = {
     "batch_size": 500,
     "learning_rate": 3e-3,
 }
-# Common flags that mean nothing here.
-WITHOUT = (
-    "optimizer",
-    "train_seconds",
-    "l2_reg",
-    "cov_batch_fraction",
-    "qmodel_batch_fraction",
-    "cov_update_every",
-    "invert_every",
-    "auto_register_layers",
-    "device",
-    "damping",
-    "eval_every",
-    "eval_size",
-    "results",
-)
+# Common flags that would do nothing here.
+WITHOUT = (*program.OPTIMIZER_FLAGS, "damping", "eval_every", "eval_size", "results")
 # Name -> approximation of the layers, where one is needed.
 PRECONDITIONERS = {"none": None, "diagonal": None, "K-FAC": "kron", "EKFAC": "ekfac"}
 ITERATIONS = (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128)

@@ -30,20 +30,8 @@ DEFAULTS = {
     "eval_every": 10,
     "eval_size": 2000,
 }
-# Common flags that mean nothing here.
-WITHOUT = (
-    "optimizer",
-    "train_seconds",
-    "l2_reg",
-    "cov_batch_fraction",
-    "qmodel_batch_fraction",
-    "cov_update_every",
-    "invert_every",
-    "auto_register_layers",
-    "device",
-    "learning_rate",
-    "damping",
-)
+# Common flags that would do nothing here.
+WITHOUT = (*program.OPTIMIZER_FLAGS, "learning_rate", "damping")
 
 Optimizer = keras.optimizers.Optimizer
 

@@ -12,6 +12,18 @@ from absl import app, flags
 from kfac.examples import datasets, reporting, training
 
 OPTIMIZERS = ("kfac", "adam", "sgd")
+# What only programs use that run one of these after the other, by `train_each`.
+OPTIMIZER_FLAGS = (
+    "optimizer",
+    "train_seconds",
+    "l2_reg",
+    "cov_batch_fraction",
+    "qmodel_batch_fraction",
+    "cov_update_every",
+    "invert_every",
+    "auto_register_layers",
+    "device",
+)
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("optimizer", ["kfac"], f"One or more of {', '.join(OPTIMIZERS)}.")
