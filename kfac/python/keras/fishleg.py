@@ -13,9 +13,9 @@ from kfac.python.keras.optimizers import Kfac
 from kfac.python.keras.traced import TracedKfac
 from kfac.python.ops import fishleg, layer_inverses, report, utils
 from kfac.python.ops.natural_gradient import DampedCurvature
-from kfac.python.ops.optimizer.conditional import run_if
 from kfac.python.ops.optimizer.update_steps import Pair, tensors_of, variables_of
 from kfac.python.ops.rules import scalars
+from kfac.python.ops.utils.scheduling import run_if
 
 _SCOPE = "fishleg"
 _PREVIOUS_SLOT = "previous_gradient"

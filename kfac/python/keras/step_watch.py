@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from kfac.python.keras.models import tf_variable
 from kfac.python.ops import state
-from kfac.python.ops.optimizer.conditional import run_if
+from kfac.python.ops.utils.scheduling import run_if
 
 UPDATE_NORM = "keras/update_norm"
 COSINE = "keras/cosine"

@@ -14,7 +14,7 @@ from kfac.python.keras.registration import Registrar
 from kfac.python.ops import report, sub_batch, utils
 from kfac.python.ops.kfac_utils import periodic_inv_cov_update_kfac_opt
 from kfac.python.ops.layer_collection import LayerCollection
-from kfac.python.ops.optimizer.conditional import run_if
+from kfac.python.ops.utils.scheduling import run_if
 
 
 class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):

@@ -80,6 +80,9 @@ class Settings:
 
 _current = Settings()
 
+# Module name -> (module, attribute -> field of the settings).
+_facades: dict[str, tuple[types.ModuleType, dict[str, str]]] = {}
+
 
 def settings() -> Settings:
     """The settings in force."""
@@ -88,21 +91,43 @@ def settings() -> Settings:
 
 def replace(**changes: Any) -> None:
     """Puts a copy with `changes` in force; `None` values leave a field alone."""
-    global _current
     changes = {key: value for key, value in changes.items() if value is not None}
-    _current = dataclasses.replace(_current, **changes)
+    _put_in_force(dataclasses.replace(_current, **changes))
+
+
+def _put_in_force(new: Settings) -> None:
+    global _current
+    _current = new
+    for module, fields in _facades.values():
+        _mirror(module, fields)
+
+
+def _mirror(module: types.ModuleType, fields: Mapping[str, str]) -> None:
+    # `unittest.mock` gives back what it finds here, and deletes what it does not.
+    for name, field in fields.items():
+        vars(module)[name] = getattr(_current, field)
 
 
 @contextlib.contextmanager
 def override(**changes: Any) -> Iterator[Settings]:
     """Like `replace`, undone on exit."""
-    global _current
     before = _current
     replace(**changes)
     try:
         yield _current
     finally:
-        _current = before
+        _put_in_force(before)
+
+
+@contextlib.contextmanager
+def restored_on_error() -> Iterator[None]:
+    """Undoes changes of the settings if the block within raises."""
+    before = _current
+    try:
+        yield
+    except BaseException:
+        _put_in_force(before)
+        raise
 
 
 def install_facade(module_name: str, fields: Mapping[str, str]) -> None:
@@ -115,17 +140,13 @@ def install_facade(module_name: str, fields: Mapping[str, str]) -> None:
 
     def facade(field: str) -> property:
         def assign(module: types.ModuleType, value: Any) -> None:
-            global _current
             # Unlike `replace`, an assignment of None means None.
-            _current = dataclasses.replace(_current, **{field: value})
+            _put_in_force(dataclasses.replace(_current, **{field: value}))
 
-        return property(
-            lambda module: getattr(_current, field),
-            assign,
-            # Deleting (as `unittest.mock` does on exit) puts the default back.
-            lambda module: assign(module, getattr(Settings, field)),
-        )
+        return property(lambda module: getattr(_current, field), assign)
 
     module = sys.modules[module_name]
     attributes = {name: facade(field) for name, field in fields.items()}
     module.__class__ = type("SettingsModule", (types.ModuleType,), attributes)
+    _facades[module_name] = module, dict(fields)
+    _mirror(module, fields)

@@ -33,6 +33,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from kfac.python.ops.rules import scalars
+
 tf1 = tf.compat.v1
 
 _active = threading.local()
@@ -247,7 +249,7 @@ def _initial_value_fn(initializer: Any) -> Callable[..., tf.Tensor]:
         initializer = initializer()
     if callable(initializer):
         return lambda shape, dtype: initializer(shape, dtype=dtype)
-    return lambda shape, dtype: tf.fill(shape, tf.cast(initializer, dtype))
+    return lambda shape, dtype: tf.fill(shape, scalars.cast(initializer, dtype))
 
 
 def _v1_aggregation(aggregation: tf.VariableAggregation) -> tf1.VariableAggregation:

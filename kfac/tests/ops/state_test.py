@@ -127,6 +127,16 @@ def test_initializers_may_be_classes_instances_functions_or_numbers(
     np.testing.assert_array_equal(graph_kinds.Run(kind, build)(), expected)
 
 
+@pytest.mark.parametrize("kind", graph_kinds.FAST)
+@pytest.mark.parametrize("number", [0.1, np.float64(0.1), np.array(0.1)])
+def test_numbers_do_not_lose_digits_on_their_way_to_float64(kind, number):
+    def build():
+        v = state.get_variable("v", [2], tf.float64, number)
+        return tf.identity(v)
+
+    np.testing.assert_array_equal(graph_kinds.Run(kind, build)(), [0.1, 0.1])
+
+
 def test_names_do_not_depend_on_the_ops_around():
     with tf.Graph().as_default():
         with tf1.name_scope("step"), tf1.variable_scope("layer"):

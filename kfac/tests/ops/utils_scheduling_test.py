@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from kfac.python.ops import utils
+from kfac.python.ops.utils import scheduling
 from kfac.tests import graph_kinds
 
 tf1 = tf.compat.v1
@@ -55,6 +56,24 @@ def test_thunks_may_return_ops_tensors_structures_or_nothing():
         session.run(tf1.global_variables_initializer())
         session.run(ops)
         assert session.run(v) == 1.0
+
+
+@pytest.mark.parametrize("kind", graph_kinds.ALL)
+def test_a_conditional_effect_happens_where_the_predicate_holds(kind):
+    def build():
+        v = graph_kinds.variable(0, "v", np.int32, trainable=False)
+        effects = [
+            scheduling.run_if(
+                tf.constant(holds),
+                lambda amount=amount: [v.assign_add(amount), (None, tf.no_op())],
+            )
+            for holds, amount in ((True, 1), (False, 10))
+        ]
+        assert all(isinstance(op, tf.Operation) for op in effects)
+        with tf.control_dependencies(effects):
+            return tf.identity(v)
+
+    assert graph_kinds.Run(kind, build)() == 1
 
 
 def test_nothing_to_execute_is_no_ops():

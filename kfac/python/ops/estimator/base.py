@@ -76,8 +76,8 @@ class FisherEstimator(abc.ABC):
             at finalisation.
 
         Raises:
-          ValueError: `compute_params_stats` without `batch_size`, or a fraction out
-            of range.
+          ValueError: `compute_params_stats` without `batch_size`, a batch size that
+            is no positive integer, or a fraction out of range.
         """
         if compute_params_stats and batch_size is None:
             raise ValueError(
@@ -96,7 +96,7 @@ class FisherEstimator(abc.ABC):
         self._compute_cholesky = compute_cholesky
         self._compute_cholesky_inverse = compute_cholesky_inverse
         self._compute_params_stats = compute_params_stats
-        self._batch_size = batch_size
+        self._batch_size = batch_sizes.checked_argument(batch_size)
         self._cov_batch_fraction = cov_batch_fraction
         self._strict = strict
         self._sub_batch: sub_batch.SubBatch | None = None

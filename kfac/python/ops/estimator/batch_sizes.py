@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from typing import Any
 
 import tensorflow as tf
 
 from kfac.python.ops import utils
+from kfac.python.ops.rules import scalars
 
 tf1 = tf.compat.v1
+
+
+def checked_argument(batch_size: Any) -> Any:
+    """The argument `batch_size`: an int wherever it is a whole number.
+
+    Raises:
+      ValueError: a number that cannot count cases.
+    """
+    size = scalars.whole(batch_size)
+    if isinstance(size, numbers.Real) and not (isinstance(size, int) and size >= 1):
+        raise ValueError(
+            f"batch_size counts the cases per replica; it is {batch_size!r}. Give a "
+            "positive integer, or a scalar integer tensor."
+        )
+    return size
 
 
 @contextlib.contextmanager

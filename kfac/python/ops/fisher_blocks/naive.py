@@ -14,6 +14,7 @@ import tensorflow as tf
 from kfac.python.ops import fisher_factors
 from kfac.python.ops.fisher_blocks.base import FisherBlock
 from kfac.python.ops.fisher_blocks.full_and_diagonal import DiagonalFB, FullFB
+from kfac.python.ops.rules import scalars
 
 
 class _NaiveTowers(FisherBlock):
@@ -51,10 +52,7 @@ class _NaiveTowers(FisherBlock):
 
         A number, unlike a tensor, is the same factor argument every time.
         """
-        sizes = [
-            int(size) if isinstance(size, float) and size.is_integer() else size
-            for size in self._batch_sizes
-        ]
+        sizes = [scalars.whole(size) for size in self._batch_sizes]
         if all(isinstance(size, int) for size in sizes):
             return sum(sizes)
         dtype = next((s.dtype for s in sizes if hasattr(s, "dtype")), tf.float32)

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from kfac.python.ops import optimizer, utils
-from kfac.python.ops.optimizer.conditional import done, run_if
+from kfac.python.ops.utils.scheduling import done, run_if
 
 tf1 = tf.compat.v1
 

@@ -114,6 +114,21 @@ def check_damping(
         )
 
 
+def floating_dtype(dtype: Any) -> tf.DType:
+    """The dtype of the scalar state.
+
+    Raises:
+      ValueError: it is not a floating dtype.
+    """
+    result = tf.as_dtype(dtype)
+    if not result.is_floating:
+        raise ValueError(
+            f"dtype={dtype!r} is that of the damping and other scalars; use "
+            "'float32' or 'float64'."
+        )
+    return result
+
+
 def check_pre_update_loss(use_passed_loss: bool, train_batch: Any) -> None:
     """Raises `ValueError` if there is no way to compute the loss before a step."""
     if not use_passed_loss and train_batch is None:

@@ -8,8 +8,8 @@ from typing import Any
 import tensorflow as tf
 
 from kfac.python.ops import deferred
-from kfac.python.ops.optimizer.conditional import run_if
 from kfac.python.ops.rules import levenberg_marquardt, scalars
+from kfac.python.ops.utils.scheduling import run_if
 
 
 class CurrentDamping(deferred.DeferredTensor):
@@ -19,9 +19,9 @@ class CurrentDamping(deferred.DeferredTensor):
     adaptation of the same step.  Arithmetic converts it to a tensor first.
     """
 
-    def __init__(self, damping: Any, multiple: Any, dtype: tf.DType):
+    def __init__(self, damping: Callable[[], Any], multiple: Any, dtype: tf.DType):
         def current():
-            return scalars.cast(damping, dtype) * scalars.cast(multiple, dtype)
+            return scalars.cast(damping(), dtype) * scalars.cast(multiple, dtype)
 
         super().__init__(current, shape=(), dtype=dtype, name="current_damping")
 
@@ -47,7 +47,7 @@ def for_preconditioner(damping: Any, multiple: Any) -> Any:
     if isinstance(damping, (int, float)) and isinstance(multiple, (int, float)):
         return damping * multiple
     dtype = getattr(damping, "dtype", None) or getattr(multiple, "dtype", tf.float32)
-    return CurrentDamping(damping, multiple, tf.as_dtype(dtype).base_dtype)
+    return CurrentDamping(lambda: damping, multiple, tf.as_dtype(dtype).base_dtype)
 
 
 class DampingAdaptationMixin:
@@ -58,6 +58,13 @@ class DampingAdaptationMixin:
     same step ("immediate") or at the start of the next one ("delayed").  Only the
     chief takes part.
     """
+
+    def _preconditioner_damping(self, damping: Any) -> Any:
+        """Damping of the preconditioner; if it is adapted, the variable's to be."""
+        multiple = self._precon_damping_mult
+        if self._adapt_damping:
+            return CurrentDamping(lambda: self._damping, multiple, self._dtype)
+        return for_preconditioner(damping, multiple)
 
     def _is_damping_adaptation_time(self) -> tf.Tensor:
         """Whether this step is the last one of an interval."""

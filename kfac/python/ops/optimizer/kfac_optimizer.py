@@ -7,7 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from kfac.python.ops import estimator, sub_batch, utils
+from kfac.python.ops import config, estimator, sub_batch, utils
+from kfac.python.ops.estimator import batch_sizes
 from kfac.python.ops.optimizer import arguments
 from kfac.python.ops.optimizer import damping as damping_adaptation
 from kfac.python.ops.optimizer.quadratic_model import QuadraticModelMixin
@@ -176,8 +177,6 @@ class KfacOptimizer(
         arguments.check_pre_update_loss(use_passed_loss, train_batch)
         sub_batch.check_fraction("cov_batch_fraction", cov_batch_fraction)
         sub_batch.check_fraction("qmodel_batch_fraction", qmodel_batch_fraction)
-        if tf_replicator is not None:
-            utils.set_global_constants(tf_replicator=tf_replicator)
         if self._uses_quadratic_model:
             learning_rate = (
                 1.0 if qmodel_update_rescale is None else qmodel_update_rescale
@@ -189,7 +188,7 @@ class KfacOptimizer(
         self._use_weight_decay = use_weight_decay
         self._weight_decay_coeff = weight_decay_coeff
         self._qmodel_update_rescale = qmodel_update_rescale
-        self._batch_size = batch_size
+        self._batch_size = batch_sizes.checked_argument(batch_size)
         self._qmodel_batch_fraction = qmodel_batch_fraction
         self._adapt_damping = adapt_damping
         self._update_damping_immediately = update_damping_immediately
@@ -210,28 +209,31 @@ class KfacOptimizer(
         self._damping_increase_rho_threshold = damping_increase_rho_threshold
         self._precon_damping_mult = precon_damping_mult
         self._print_logs = print_logs
-        self._dtype = tf.as_dtype(dtype)
+        self._dtype = arguments.floating_dtype(dtype)
         self._layers = layer_collection
         self._last_train_op = None
         self._slot_paths: dict[str, Any] = {}
 
-        self._create_scalar_state(damping)
-        self._fisher_est = estimator.make_fisher_estimator(
-            placement_strategy=placement_strategy,
-            variables=self._variables_to_train(var_list),
-            cov_ema_decay=cov_ema_decay,
-            damping=damping_adaptation.for_preconditioner(
-                self._damping, precon_damping_mult
-            ),
-            layer_collection=layer_collection,
-            exps=(-1,),
-            estimation_mode=estimation_mode,
-            colocate_gradients_with_ops=colocate_gradients_with_ops,
-            compute_params_stats=compute_params_stats,
-            batch_size=batch_size,
-            cov_batch_fraction=cov_batch_fraction,
-            **kwargs,
-        )
+        with config.restored_on_error():
+            if tf_replicator is not None:
+                utils.set_global_constants(tf_replicator=tf_replicator)
+            # Makes no variable, but looks at all other arguments: before the state is
+            # made, so that a name is not taken by an optimizer that does not exist.
+            self._fisher_est = estimator.make_fisher_estimator(
+                placement_strategy=placement_strategy,
+                variables=self._variables_to_train(var_list),
+                cov_ema_decay=cov_ema_decay,
+                damping=self._preconditioner_damping(damping),
+                layer_collection=layer_collection,
+                exps=(-1,),
+                estimation_mode=estimation_mode,
+                colocate_gradients_with_ops=colocate_gradients_with_ops,
+                compute_params_stats=compute_params_stats,
+                batch_size=self._batch_size,
+                cov_batch_fraction=cov_batch_fraction,
+                **kwargs,
+            )
+            self._create_scalar_state(damping)
 
     def _variables_to_train(self, var_list: Iterable[Any] | None) -> list[Any]:
         if var_list is not None:

@@ -27,7 +27,7 @@ class ScalarStateMixin:
     def _create_scalar_state(self, damping: Any) -> None:
         """Makes the variables in an order that positional checkpoints rely on."""
         with tf1.variable_scope(self.get_name()) as self._scope:
-            self._claim_scope()
+            claim = self._new_claim()
             self._damping = damping
             if self._adapt_damping:
                 self._damping = self._scalar("damping", damping)
@@ -37,6 +37,8 @@ class ScalarStateMixin:
             self._qmodel_momentum = self._scalar("qmodel_momentum")
             self._qmodel_change = self._scalar("qmodel_change")
             self._counter = self._step_counter("counter")
+        if claim is not None:
+            _taken_scopes.setdefault(tf1.get_default_graph(), set()).add(claim)
 
     def _scalar(self, name: str, initial: Any = float("nan")) -> tf.Variable:
         def initializer(shape, dtype=self._dtype):
@@ -56,23 +58,25 @@ class ScalarStateMixin:
         # Values come from averages over replicas, so all replicas have the same.
         return utils.smart_assign(variable, value, force_cast=True, force_sync=False)
 
-    def _claim_scope(self) -> None:
-        """Raises `ValueError` if an optimizer of this trace has the same name.
+    def _new_claim(self) -> tuple[int, str] | None:
+        """What no other optimizer of this trace may have: store and scope.
 
         Only traces need it: there the variables are found again on purpose, while a v1
         graph refuses to make them twice.
+
+        Raises:
+          ValueError: an optimizer of this trace has the same name.
         """
         store = state.current_store()
         if store is None or tf.distribute.has_strategy():
-            return
-        taken = _taken_scopes.setdefault(tf1.get_default_graph(), set())
+            return None
         claim = (id(store), self._scope.name)
-        if claim in taken:
+        if claim in _taken_scopes.get(tf1.get_default_graph(), ()):
             raise ValueError(
                 f"An optimizer named {self.get_name()!r} was built in this trace "
                 "already, and they would share their state; give each a `name`."
             )
-        taken.add(claim)
+        return claim
 
     @property
     def damping(self) -> tf.Tensor:

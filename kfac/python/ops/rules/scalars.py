@@ -1,9 +1,11 @@
-"""Scalars in the working dtype."""
+"""Scalars in the working dtype, and counts as Python integers."""
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 
@@ -21,3 +23,12 @@ def cast(value: Any, dtype: tf.DType) -> tf.Tensor:
     if isinstance(value, (bool, int, float)) or hasattr(value, "__array_interface__"):
         return tf.constant(value, dtype)
     return tf.cast(tf.convert_to_tensor(value), dtype)
+
+
+def whole(value: Any) -> Any:
+    """A Python int for a whole number of Python or NumPy; anything else as it is."""
+    if isinstance(value, np.ndarray) and not value.shape:
+        value = value[()]
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return int(value) if value == value // 1 else value
+    return value

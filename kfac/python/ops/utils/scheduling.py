@@ -10,6 +10,33 @@ import tensorflow as tf
 from kfac.python.ops.utils import replicas
 
 
+def done(ops: Any) -> tf.Tensor:
+    """A tensor that is True once `ops` (any structure of ops and tensors) have run.
+
+    A branch returns it: a v1 session runs only what a result depends on.
+    """
+    with tf.control_dependencies([replicas.group_all(ops)]):
+        return tf.constant(True)
+
+
+def run_if(predicate: Any, thunk: Callable[[], Any]) -> tf.Operation:
+    """An op that runs `thunk()`'s ops where `predicate` holds, and nothing elsewhere.
+
+    The ops are built inside the branch, so none of them runs when it is not taken.
+    Under v1 control flow they wait for the predicate but not for control dependencies
+    around this call: compute the predicate under the same dependencies.
+
+    Args:
+      predicate: scalar boolean tensor.
+      thunk: returns any structure of ops and tensors.
+    """
+    return tf.group(
+        replicas.smart_cond(
+            predicate, lambda: done(thunk()), lambda: tf.constant(False)
+        )
+    )
+
+
 def batch_execute(
     global_step: Any,
     thunks: Sequence[Callable[[], Any]],
@@ -35,21 +62,9 @@ def batch_execute(
         # Reduced first, so that the product cannot overflow.
         start = batch_size - 1 + (step % len(thunks)) * batch_size
         return [
-            tf.group(
-                replicas.smart_cond(
-                    tf.math.floormod(start - j, len(thunks)) < batch_size,
-                    lambda thunk=thunk: _run(thunk),
-                    lambda: tf.constant(False),
-                )
-            )
+            run_if(tf.math.floormod(start - j, len(thunks)) < batch_size, thunk)
             for j, thunk in enumerate(thunks)
         ]
-
-
-def _run(thunk: Callable[[], Any]) -> tf.Tensor:
-    # Graphs in a v1 session run only what a result depends on.
-    with tf.control_dependencies([replicas.group_all(thunk())]):
-        return tf.constant(True)
 
 
 def multiline_print(lists: Sequence[Sequence[Any]]) -> tf.Operation:
