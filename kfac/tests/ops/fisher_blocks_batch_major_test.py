@@ -118,6 +118,53 @@ def test_factors_and_gradients_equal_those_of_use_major_data(approx):
     np.testing.assert_allclose(gradient, other_gradient, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "approx", ["kron_indep", "kron_reduce", "kron_series_1", "kron_series_2", "ekfac"]
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_weights_of_attention_heads_are_those_of_the_matrix_reshaped(approx, has_bias):
+    inputs, grads = arrays()
+    heads = (3, 2)
+    grads = np.concatenate([grads, grads[..., :1] ** 2], axis=-1)
+
+    def product(*features):
+        name = f"{approx}{len(features)}{has_bias}"
+        weights = cases.variable(f"w{name}", D_IN, *features)
+        bias = cases.variable(f"b{name}", *features)
+        params = (weights, bias) if has_bias else weights
+        x, g = tf.constant(inputs), tf.constant(grads.reshape(B, T, *features))
+        collection = lc.LayerCollection()
+        collection.register_fully_connected_multi(
+            params, x, g, num_uses=T, approx=approx, batch_major=True
+        )
+        (block,) = collection.get_blocks()
+        block.instantiate_factors(((g,),), 0.1)
+        block.register_matpower(-1)
+        factors = block._factors()
+        for factor in factors:
+            factor.instantiate_cov_variables()
+        updates = [f.make_covariance_update_op(0.0, 1.0) for f in factors]
+        for factor in factors:
+            factor.instantiate_inv_variables()
+        with tf.control_dependencies(updates):
+            updates = [f.make_inverse_update_ops() for f in factors]
+        with tf.control_dependencies(tf.nest.flatten(updates)):
+            size = D_IN * 6
+            vector = [tf.reshape(tf.cos(tf.range(size, dtype=x.dtype)), weights.shape)]
+            vector += [tf.reshape(tf.range(6, dtype=x.dtype), features)] * has_bias
+            result = block.multiply_inverse(tuple(vector) if has_bias else vector[0])
+        for part, variable in zip(
+            tf.nest.flatten(result), tf.nest.flatten(params), strict=True
+        ):
+            assert part.shape == variable.shape
+        return [tf.reshape(part, [-1]) for part in tf.nest.flatten(result)]
+
+    plain, with_heads = evaluate(lambda: (product(6), product(*heads)))
+    for one, another in zip(plain, with_heads, strict=True):
+        assert np.abs(one).max() > 0.1
+        np.testing.assert_allclose(one, another, rtol=1e-9)
+
+
 class TestRegistration:
     @pytest.fixture(autouse=True)
     def graph_fixture(self):

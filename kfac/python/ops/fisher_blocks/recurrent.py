@@ -122,7 +122,8 @@ class FullyConnectedSeriesFB(
         else:
             raise self._unknown_option()
         # The formulas are for weights that map columns, as in the paper.
-        product = multiply(tf.transpose(to_matrix(vector)))
+        columns = self._output_factor._cov_shape[0]
+        product = multiply(tf.transpose(to_matrix(vector, columns)))
         return from_matrix(vector, tf.transpose(product))
 
     def multiply_cholesky(self, vector: Vector, transpose: bool = False) -> Vector:
