@@ -168,6 +168,46 @@ def test_a_product_that_is_not_finite_leaves_the_result_finite():
     np.testing.assert_array_equal(_joined(x), np.zeros(SIZE))
 
 
+def test_a_preconditioner_that_is_not_finite_leaves_the_result_finite():
+    build = lambda: cg.solve(
+        _product(np.eye(SIZE)),
+        _split(_b()),
+        preconditioner=lambda vectors: [v * np.nan for v in vectors],
+    )
+    x, iterations, residual = graph_kinds.Run(graph_kinds.FUNCTION, build)()
+    assert (iterations, residual) == (0, 1.0)
+    np.testing.assert_array_equal(_joined(x), np.zeros(SIZE))
+
+
+@pytest.mark.parametrize("signs", [[-1.0], [1.0, -1.0]])
+def test_a_preconditioner_that_is_not_definite_is_survived(signs):
+    matrix = _spd(8, 10.0)
+    preconditioner = np.diag(np.resize(signs, SIZE))
+    x, _, residual = _solve(matrix, _b(), preconditioner=preconditioner, tolerance=1e-8)
+    assert residual <= 1e-8
+    # |x - A^-1 b| <= |A^-1| |b| 1e-8, and A's smallest eigenvalue is 1.
+    error = np.linalg.norm(x - np.linalg.solve(matrix, _b()))
+    assert error <= 1e-8 * np.linalg.norm(_b())
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_takes_no_more_iterations_than_allowed(most):
+    matrix, b = _spd(9, 10.0), _b()
+    x, iterations, residual = _solve(matrix, b, max_iterations=most)
+    steepest = most * b * (b @ b) / (b @ matrix @ b)
+    assert iterations == most
+    np.testing.assert_allclose(x, steepest, rtol=1e-12)
+    expected = np.linalg.norm(b - matrix @ steepest) / np.linalg.norm(b)
+    np.testing.assert_allclose(residual, expected, rtol=1e-10)
+
+
+def test_a_right_hand_side_that_is_not_finite_gives_zero():
+    x, iterations, residual = _solve(_spd(6, 2.0), np.r_[np.nan, _b()[1:]])
+    assert iterations == 0
+    assert np.isnan(residual)
+    np.testing.assert_array_equal(x, np.zeros(SIZE))
+
+
 def test_a_zero_right_hand_side_gives_zero():
     x, iterations, residual = _solve(_spd(6, 2.0), np.zeros(SIZE))
     assert (iterations, residual) == (0, 0.0)

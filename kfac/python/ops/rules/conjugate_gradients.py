@@ -108,13 +108,15 @@ def solve(
         image = _like(b, product(state.p))
         curvature = utils.ip(state.p, image)
         sound = (curvature > 0) & tf.math.is_finite(curvature)
-        alpha = tf.where(sound, tf.math.divide_no_nan(state.gamma, curvature), 0)
-        x = _plus(state.x, alpha, state.p)
-        # An image that is not finite must not reach the residual, not even times zero.
-        r = [
-            tf.where(sound, moved, part)
-            for moved, part in zip(_plus(state.r, -alpha, image), state.r, strict=True)
-        ]
+        alpha = tf.math.divide_no_nan(state.gamma, curvature)
+        # What is not finite must not get in, not even times zero.
+        x, r = (
+            [
+                tf.where(sound, moved, part)
+                for moved, part in zip(_plus(*step), step[0], strict=True)
+            ]
+            for step in ((state.x, alpha, state.p), (state.r, -alpha, image))
+        )
         z = _like(b, precondition(r))
         gamma = utils.ip(r, z)
         beta = tf.math.divide_no_nan(gamma, state.gamma)
