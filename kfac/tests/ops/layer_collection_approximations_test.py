@@ -158,6 +158,50 @@ def test_fixed_types_do_not_ignore_a_linked_approximation(lc, method):
         register(lc, method, arguments)
 
 
+@pytest.mark.parametrize("sides", ["", "_in_diag", "_out_diag", "_both_diag"])
+def test_a_linked_kronecker_product_is_meant_for_any_number_of_uses(lc, sides):
+    method = "register_fully_connected_multi"
+    arguments = CASES[method].arguments()
+    lc.define_linked_parameters(arguments["params"], "kron" + sides)
+    register(lc, method, arguments)
+    (block,) = lc.get_blocks()
+    assert block.description().approximation == "kron_indep" + sides
+
+
+def test_an_explicit_approximation_is_not_renamed(lc):
+    method = "register_fully_connected_multi"
+    with unchanged(lc), pytest.raises(ValueError, match="Bad value 'kron'"):
+        register(lc, method, CASES[method].arguments(), approx="kron")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ekfac", {"conv1d": "ekfac", "conv2d_multi": "ekfac", "generic": "diagonal"}),
+        ("diagonal", {"conv2d": "diagonal", "fully_connected_multi": "kron_indep"}),
+        ("kron", {"fully_connected_multi": "kron_indep", "scale_and_shift": "full"}),
+        ("kron_out_diag", {"fully_connected_multi": "kron_indep_out_diag"}),
+        ("kron_depthwise", {"depthwise_conv2d": "kron_depthwise", "conv2d": "kron"}),
+    ],
+)
+def test_a_default_for_all_layers_is_that_of_the_families_that_have_it(
+    lc, name, expected
+):
+    lc.set_default_approximation(name)
+    for family, approximation in expected.items():
+        method = f"register_{family}"
+        arguments = CASES[method].arguments()
+        register(lc, method, arguments)
+        block = lc.get_blocks()[-1]
+        assert block.description().approximation == approximation
+
+
+@pytest.mark.parametrize("name", ["nonsense", None, "default"])
+def test_a_default_for_all_layers_that_none_has_is_refused(lc, name):
+    with unchanged(lc), pytest.raises(ValueError, match="Bad value"):
+        lc.set_default_approximation(name)
+
+
 # Linked parameters.
 
 

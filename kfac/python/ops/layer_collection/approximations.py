@@ -149,6 +149,15 @@ WITH_DIAGONAL_INPUT_FACTOR = frozenset(
     }
 )
 
+# What an approximation is called in layers that a case uses several times. Whether a
+# layer is one of them depends on the data, not on who asks for the approximation.
+_NAMES_FOR_SEVERAL_USES = {
+    APPROX_KRONECKER_NAME: APPROX_KRONECKER_INDEP_NAME,
+    APPROX_KRONECKER_IN_DIAG_NAME: APPROX_KRONECKER_INDEP_IN_DIAG_NAME,
+    APPROX_KRONECKER_OUT_DIAG_NAME: APPROX_KRONECKER_INDEP_OUT_DIAG_NAME,
+    APPROX_KRONECKER_BOTH_DIAG_NAME: APPROX_KRONECKER_INDEP_BOTH_DIAG_NAME,
+}
+
 # What a family's default means for integer ids.
 _DEFAULT_FOR_IDS = {
     "fully_connected": {
@@ -170,6 +179,18 @@ def default_for_ids(family: str, default: str) -> str:
     if default in WITH_DIAGONAL_INPUT_FACTOR:
         return default
     return _DEFAULT_FOR_IDS[family].get(default, _KRONECKER_FOR_IDS[family])
+
+
+def name_in(approximation: Any, table: Mapping[str, BlockFactory]) -> Any:
+    """What the family with this table calls an approximation, as far as it has it.
+
+    A layer's approximation may be chosen before it is known how often a case uses the
+    layer: "kron" and its diagonal variants mean "kron_indep" and so on then.
+    """
+    if approximation in table:
+        return approximation
+    other = _NAMES_FOR_SEVERAL_USES.get(approximation)
+    return other if other in table else approximation
 
 
 def check_in_table(

@@ -97,6 +97,27 @@ class LayerRegistry:
         _default_approximation("scale_and_shift")
     )
 
+    def set_default_approximation(self, value: str) -> None:
+        """Sets the approximation of later registrations in all families that have it.
+
+        Layers of other families, and embeddings looked up by integer ids if it is
+        none for ids, keep their defaults.
+
+        Raises:
+          ArgumentError: no layer family has that approximation.
+        """
+        self._check_some_family_has(value, "the default of all layers")
+        for family in approximations.BLOCK_TYPES:
+            table = self._approximation_table(family)
+            name = approximations.name_in(value, table)
+            if name in table:
+                self._default_approximations[family] = name
+
+    def _check_some_family_has(self, approximation: Any, what: str) -> None:
+        tables = map(self._approximation_table, approximations.BLOCK_TYPES)
+        all_tables = {name: make for table in tables for name, make in table.items()}
+        approximations.check_in_table(approximation, all_tables, what)
+
     @property
     def registered_variables(self) -> tuple[Any, ...]:
         """All registered variables, groups expanded, in registration order."""
@@ -118,7 +139,8 @@ class LayerRegistry:
 
         The scanner then drops every match that overlaps the group without being equal
         to it. Registrations of exactly this set use `approximation` unless they are
-        given another one.
+        given another one; "kron" and its diagonal variants mean "kron_indep" and so on
+        where a case uses the layer several times.
 
         Args:
           params: a variable, or a tuple or list of them, in any order.
@@ -130,12 +152,8 @@ class LayerRegistry:
         """
         group = as_tuple(params)
         if approximation is not None:
-            tables = map(self._approximation_table, approximations.BLOCK_TYPES)
-            all_tables = {
-                name: make for table in tables for name, make in table.items()
-            }
-            approximations.check_in_table(
-                approximation, all_tables, "the approximation of linked parameters"
+            self._check_some_family_has(
+                approximation, "the approximation of linked parameters"
             )
         for key in self.fisher_blocks:
             if parameters_dict.same_variables(as_tuple(key), group):
@@ -182,7 +200,8 @@ class LayerRegistry:
           ArgumentError: the result is not in the family's table.
         """
         if approx is None:
-            approx = self._get_linked_approx(params)
+            linked = self._get_linked_approx(params)
+            approx = approximations.name_in(linked, approx_to_type)
         if approx is None:
             approx = default
         approximations.check_in_table(
