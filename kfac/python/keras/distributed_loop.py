@@ -6,7 +6,8 @@ every other strategy, with the same results:
     strategy = strategies.make_strategy("multi_worker")
     with strategy.scope():
         model = ...
-        optimizer = kfac.keras.optimizers.Kfac(0.05, 0.01, model=model, loss="mse")
+        optimizer = kfac.keras.optimizers.Kfac(
+            learning_rate=0.05, damping=0.01, model=model, loss="mse")
     loop = DistributedLoop(strategy, model, optimizer, directory="checkpoints")
     loop.run(dataset, steps=1000, checkpoint_every=100)
 
@@ -37,6 +38,7 @@ from typing import Any
 import tensorflow as tf
 
 from kfac.python.keras import strategies
+from kfac.python.ops import utils
 
 Scalars = Mapping[str, float]
 _LOST = (
@@ -198,15 +200,14 @@ class DistributedLoop:
             # The loss is each replica's own; the rest is the same on all of them.
             cases = tf.cast(tf.shape(tf.nest.flatten(batch[0])[0])[0], tf.float32)
             loss = tf.cast(values.pop("loss"), tf.float32)
-            sums = [tf.where(cases > 0, cases * loss, 0.0), cases]
-            return sums, values
+            sums = tf.stack([tf.where(cases > 0, cases * loss, 0.0), cases])
+            total, count = tf.unstack(utils.all_sum(sums, "progress"))
+            return {"loss": total / count, **values}
 
         # Drawn here, so that one trace serves batches of all sizes.
-        sums, values = self._strategy.run(step, args=(batches.get_next(),))
-        loss, cases = (self._strategy.reduce("SUM", s, axis=None) for s in sums)
+        values = self._strategy.run(step, args=(batches.get_next(),))
         first = lambda value: self._strategy.experimental_local_results(value)[0]
-        values = {name: first(value) for name, value in values.items()}
-        return {"loss": loss / cases, **values}
+        return {name: first(value) for name, value in values.items()}
 
     # ------------------------------------------------------------ evaluation
 

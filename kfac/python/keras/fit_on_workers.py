@@ -23,7 +23,8 @@ class FitOnWorkers(keras.Model):
             inner = keras.Sequential([keras.Input([784]), ...])
         model = FitOnWorkers(inner)  # Outside of the scope.
         with strategy.scope():
-            model.compile(optimizer=Kfac(0.05, 0.01, model=model), loss="mse")
+            optimizer = Kfac(learning_rate=0.05, damping=0.01, model=model)
+            model.compile(optimizer=optimizer, loss="mse")
             model.fit(dataset, epochs=5)
 
     Save and load `model.inner`.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from kfac.python.ops import report
+from kfac.python.ops import replica_cost, report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,8 @@ class LayerCost:
       inverse_bytes: inverses.
       statistics_bytes: the patches that a convolution's second moment is taken of;
         needed only meanwhile.
+      on_replicas: the layer as `replica_cost` knows it.
+      first_user: position of the first layer that uses this layer's input factor.
     """
 
     row: report.Row
@@ -34,6 +36,8 @@ class LayerCost:
     factor_bytes: int
     inverse_bytes: int
     statistics_bytes: int
+    on_replicas: replica_cost.Layer
+    first_user: int
 
     @property
     def name(self) -> str:
@@ -62,17 +66,51 @@ def layer_costs(
       cases: number of cases that statistics are taken from.
       element_bytes: size of one number.
     """
-    seen: set[int] = set()
+    first_users: dict[int, int] = {}
     found = []
-    for row, of_row in zip(rows, factors, strict=True):
-        is_new = [id(factor) not in seen for factor in of_row]
-        seen.update(map(id, of_row))
-        found.append(_layer_cost(row, is_new, cases, element_bytes))
+    for i, (row, of_row) in enumerate(zip(rows, factors, strict=True)):
+        is_new = [first_users.setdefault(id(factor), i) == i for factor in of_row]
+        found.append(
+            _layer_cost(
+                row,
+                is_new,
+                cases,
+                element_bytes,
+                on_replicas=_on_replicas(row, of_row[0], is_new[0]),
+                first_user=first_users[id(of_row[0])],
+            )
+        )
     return tuple(found)
 
 
+def _on_replicas(
+    row: report.Row, input_factor: Any, is_new: bool
+) -> replica_cost.Layer:
+    sides, uses = _matrix_sides(row), row.uses or 1
+    if not _is_kronecker(row):
+        count = sum(math.prod(shape) for shape in row.shapes)
+        factor = "full" if sides else "diagonal"
+        return replica_cost.Layer(count, 1, uses, factor, "none")
+    if "in" in sides:
+        row_factor = "full" if is_new else "shared"
+    else:
+        looks_up = getattr(input_factor, "is_sparse", False)
+        row_factor = "one_hot" if looks_up else "diagonal"
+    return replica_cost.Layer(
+        row.factor_sides[0][0],
+        row.factor_sides[1][0],
+        uses,
+        row_factor,
+        "full" if "out" in sides else "diagonal",
+    )
+
+
 def _layer_cost(
-    row: report.Row, is_new: Sequence[bool], cases: int, element_bytes: int
+    row: report.Row,
+    is_new: Sequence[bool],
+    cases: int,
+    element_bytes: int,
+    **others: Any,
 ) -> LayerCost:
     parameters = sum(math.prod(shape) for shape in row.shapes)
     averaged = row.approximation == "kron_reduce"
@@ -114,6 +152,7 @@ def _layer_cost(
         ),
         inverse_bytes=element_bytes * sum(side**2 for side in sides.values()),
         statistics_bytes=element_bytes * patches,
+        **others,
     )
 
 

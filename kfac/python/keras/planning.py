@@ -12,7 +12,7 @@ from kfac.python.keras.cost_trace import CostTrace, input_specs
 from kfac.python.keras.layer_cost import LayerCost
 from kfac.python.keras.models import PureModel
 from kfac.python.keras.optimizers import Kfac
-from kfac.python.ops import report
+from kfac.python.ops import replica_cost, report
 
 # A factor that takes more than this is worth a warning; and an average phase of the
 # curvature that takes more than the gradient itself.
@@ -87,6 +87,14 @@ class Plan:
     def peak_bytes(self) -> int:
         """That, and the most that a phase needs while it runs."""
         return self.kept_bytes + max(p.temporary_bytes for p in self.phases)
+
+    def on_replicas(self) -> list[replica_cost.Layer]:
+        """The layers for `kfac.python.ops.replica_cost`, sharers of factors together.
+
+        That module knows Kronecker factors, full and diagonal blocks.
+        """
+        together = sorted(self.layers, key=lambda layer: layer.first_user)
+        return [layer.on_replicas for layer in together]
 
     def __str__(self) -> str:
         return _format(self)
@@ -268,7 +276,7 @@ def _layer_warnings(layer: LayerCost) -> list[str]:
         if memory < LARGE_FACTOR_BYTES:
             continue
         name = layer.row.variables[0].split("/")[-2]
-        approximation = "diagonal" if role == "both" else f"kron_{role}_diag"
+        approximation = _with_diagonal(layer, role)
         found.append(
             f"{layer.name}: a factor of {side:,} by {side:,} numbers takes "
             f"{report.format_bytes(memory)}, its inverse as much again and "
@@ -281,6 +289,17 @@ def _layer_warnings(layer: LayerCost) -> list[str]:
             f"({layer.row.reason})."
         )
     return found
+
+
+def _with_diagonal(layer: LayerCost, role: str) -> str:
+    """The approximation that has a diagonal factor in this role."""
+    block = layer.row.block
+    if role == "both" or not block.startswith("FullyConnected"):
+        return "diagonal"
+    is_used_once = block in ("FullyConnectedKFACBasicFB", "FullyConnectedEKFACFB")
+    other = {"in": "out", "out": "in"}[role]
+    sides = role if other in layer.matrix_sides else "both"
+    return f"kron_{'' if is_used_once else 'indep_'}{sides}_diag"
 
 
 def _format(planned: Plan) -> str:

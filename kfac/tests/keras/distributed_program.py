@@ -8,6 +8,7 @@ of the workers of a cluster.  Prints "FOUND" and a JSON object name -> result.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -19,10 +20,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from kfac.python.keras import strategies
+from kfac.python.keras import planning, strategies
 from kfac.python.keras.distributed_loop import DistributedLoop
 from kfac.python.keras.fit_on_workers import FitOnWorkers
 from kfac.python.keras.optimizers import Kfac
+from kfac.tests.ops.distributed_program import ExecutedWork
 
 FEATURES, CLASSES = 4, 3
 # Batches of 8, 8 and 5: on four replicas the last one leaves a replica without data.
@@ -191,9 +193,59 @@ def resumed(strategies_and_steps, directory, **options) -> dict:
     return found
 
 
+def convnet() -> keras.Model:
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            keras.layers.Conv2D(3, 3, 2, "same"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2),
+        ]
+    )
+
+
+def language_model() -> keras.Model:
+    """Embedding, self-attention, and a vocabulary whose factor is diagonal."""
+    words = keras.Input((5,), dtype="int32")
+    x = keras.layers.Embedding(11, 4)(words)
+    x += keras.layers.MultiHeadAttention(2, 3)(x, x)
+    return keras.Model(words, keras.layers.Dense(11, name="vocabulary")(x))
+
+
+def counted(strategy, model, steps=4, **options) -> dict:
+    """What steps execute, and the model's layers as `replica_cost` knows them."""
+    replicas = strategy.num_replicas_in_sync
+    with strategy.scope():
+        net = {"convnet": convnet, "language_model": language_model}[model]()
+        optimizer = Kfac(
+            learning_rate=0.1, damping=0.1, model=net, loss="mse", **options
+        )
+        optimizer.build_for(net)
+    batch = [
+        np.ones([2 * replicas, *t.shape[1:]]) for t in (net.inputs[0], net.outputs[0])
+    ]
+    batches = tf.data.Dataset.from_tensors(tuple(batch)).repeat()
+    training = DistributedLoop(strategy, net, optimizer)
+    with ExecutedWork(replicas).counted() as work:
+        training.run(batches, steps, report=lambda *_: None)
+    kept = [
+        v.numpy().nbytes
+        for v in optimizer._store.named_variables().values()
+        if v.shape.rank
+    ]
+    planned = planning.plan(net, 2, optimizer=optimizer, print_fn=None)
+    return {
+        "cubes": work.cubes,
+        "collectives": work.collectives,
+        "kept_bytes": sum(kept),
+        "layers": [dataclasses.asdict(layer) for layer in planned.on_replicas()],
+    }
+
+
 def run_mirrored(jobs: dict) -> dict:
     strategies.make_strategy("mirrored", 4)  # Divides the CPU.
-    functions = {"fit": fit, "loop": loop, "own loop": own_loop}
+    functions = {"fit": fit, "loop": loop, "own loop": own_loop, "count": counted}
     found = {}
     for name, job in jobs.items():
         do = job.pop("do")

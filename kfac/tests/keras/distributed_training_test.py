@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from kfac.python.ops import replica_cost
 from kfac.tests import shared_runs
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -24,13 +25,22 @@ JOBS = {
     "own loop, 2": {"do": "own loop", "replicas": 2},
     "adaptive loop, none": {"do": "loop", "replicas": 0, "adaptive": True},
     "adaptive fit, 2": {"do": "fit", "replicas": 2, "adaptive": True, **SHARED},
+    "count, convnet": {
+        **{"do": "count", "replicas": 4, "model": "convnet"},
+        **SHARED,
+    },
+    "count, language model": {
+        **{"do": "count", "replicas": 2, "model": "language_model"},
+        **{"fisher_approx": {"vocabulary": "kron_indep_out_diag"}, **SHARED},
+    },
     "adaptive loop, 1 then 4 then 1": {
         "do": "resumed",
         "strategies_and_steps": [[0, 10], [4, 20], [0, 51]],
         "adaptive": True,
     },
 }
-ON_REPLICAS = [name for name in JOBS if "none" not in name]
+COUNTED = [name for name in JOBS if "count" in name]
+ON_REPLICAS = [n for n in JOBS if "none" not in n and n not in COUNTED]
 
 
 def run_replicas(directory):
@@ -140,6 +150,24 @@ def test_evaluation_averages_over_cases_not_over_batches_or_replicas(replicas):
     for name in ("loop, 4", "adaptive loop, none"):
         found = replicas[name]
         assert found["evaluated"] == pytest.approx(found["mean_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_planned_models_collectives_and_factorisations_are_executed(replicas, name):
+    found = replicas[name]
+    layers = [replica_cost.Layer(**layer) for layer in found["layers"]]
+    exchanges = replica_cost.exchanges(layers, uneven=True, number_bytes=8)
+    # Of four steps; inverses are due in the first three, see `schedule`.
+    expected = {e.purpose: [4 if e.every == 1 else 3, e.num_bytes] for e in exchanges}
+    # What the loop shows: a float32 loss, and the number of its cases.
+    assert found["collectives"] == {**expected, "progress": [4, 8]}
+    flops = replica_cost.inversion_flops(layers, JOBS[name]["replicas"])
+    # A factorisation, a solve and a product take 10/3 n^3.
+    np.testing.assert_allclose(found["cubes"], np.multiply(flops, 3 * 3 / 10))
+    memory = replica_cost.memory_bytes(layers, number_bytes=8)
+    # The store holds no parameters and nothing temporary.
+    kept = sum(memory[name] for name in ("momentum", "statistics", "inverses"))
+    assert found["kept_bytes"] == kept
 
 
 def test_two_processes_have_the_parameters_of_one(peaceful, replicas):

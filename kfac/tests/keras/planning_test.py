@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from kfac.python.keras import graph_cost, planning
 from kfac.python.keras.optimizers import Kfac
-from kfac.python.ops import estimator, state
+from kfac.python.ops import estimator, replica_cost, state
 from kfac.python.ops.layer_collection import LayerCollection
 
 BATCH = 12
@@ -220,6 +220,50 @@ def test_adaptive_options_are_completed_as_the_optimizer_does():
     )
     assert "quadratic model" not in {phase.name for phase in _plan(model).phases}
     assert _plan(model, adaptive=True).phase("quadratic model").flops > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_costs_of_replicas_agree_with_those_of_one(name):
+    planned = _plan(MODELS[name]())
+    layers = planned.on_replicas()
+    (inversions,) = replica_cost.inversion_flops(layers, 1)
+    (products,) = replica_cost.product_flops(layers, 1)
+    assert inversions == pytest.approx(planned.phase("inverses").flops)
+    assert products == pytest.approx(planned.phase("preconditioning").flops)
+    memory = replica_cost.memory_bytes(layers)
+    assert memory["parameters"] == planned.phase("gradient").kept_bytes
+    assert memory["statistics"] == planned.phase("statistics").kept_bytes
+    assert memory["inverses"] == planned.phase("inverses").kept_bytes
+    if name == "perceptron":  # No strides or borders, and nothing but layers.
+        # The gradient of the first layer's input, which is not needed.
+        of_input = 2 * BATCH * layers[0].parameters
+        for phase, count in (
+            ("gradient", replica_cost.gradient_flops),
+            ("statistics", replica_cost.statistics_flops),
+        ):
+            assert count(layers, BATCH) == planned.phase(phase).flops + of_input
+
+
+def test_layers_that_share_a_factor_follow_each_other():
+    layers = _plan(MODELS["attention"]()).on_replicas()
+    kinds = [layer.row_factor for layer in layers]
+    first = kinds.index("shared")
+    assert kinds[first - 1 : first + 2] == ["full", "shared", "shared"]
+    assert {layer.rows for layer in layers[first - 1 : first + 2]} == {8}
+
+
+@pytest.mark.parametrize(
+    "inputs, approximation",
+    [((4,), "kron_out_diag"), ((3, 4), "kron_indep_out_diag")],
+)
+def test_advice_about_a_large_factor_can_be_followed(inputs, approximation):
+    model = keras.Sequential(
+        [keras.Input(inputs), keras.layers.Dense(20_000, name="wide")]
+    )
+    (warning,) = [w for w in _plan(model).warnings if "20,000 by 20,000" in w]
+    assert f"fisher_approx={{'wide': {approximation!r}}}" in warning
+    better = _plan(model, fisher_approx={"wide": approximation})
+    assert not any("20,000 by" in warning for warning in better.warnings)
 
 
 def test_layers_of_the_fallback_optimizer_cost_no_curvature():

@@ -155,29 +155,3 @@ def test_each_replica_executes_its_share_of_the_factorisations(found, name, repl
 def test_without_sharing_every_replica_factorises_everything(found):
     (alone,) = found["fixed, none"]["cubes"]
     assert found["fixed, 2"]["cubes"] == [alone] * 2
-
-
-@pytest.mark.parametrize("replicas", (2, 4, 8, 16))
-def test_a_deep_net_is_shared_out_to_one_part_in_the_number_of_replicas(replicas):
-    layers = [replica_cost.Layer(1000 + 10 * i, 1000) for i in range(24)]
-    for shares in (
-        replica_cost.inversion_flops(layers, replicas),
-        replica_cost.product_flops(layers, replicas),
-    ):
-        # 24 layers on 16 replicas cannot do better than two layers on some.
-        whole = sum(shares)
-        assert max(shares) <= max(1.1 / replicas, 2.2 / 24) * whole
-
-
-def test_the_time_of_a_step_is_the_sum_of_what_its_counts_take():
-    machine = replica_cost.Machine(1e12, 1e11, 1e9, 1e-5)
-    layer = replica_cost.Layer(100, 50)
-    one = replica_cost.step_seconds([layer], machine, 1, cases=32)
-    assert one["gradient"] == pytest.approx(6 * 32 * 5000 / 1e12)
-    assert one["inversions"] == pytest.approx((1e6 + 125e3) * 10 / 3 / 1e11 / 10)
-    assert sum(time for name, time in one.items() if "send" in name) == 0
-    two = replica_cost.step_seconds([layer], machine, 2, cases=32)
-    assert two["inversions"] == pytest.approx(1e6 * 10 / 3 / 1e11 / 10)
-    assert two["send gradients"] == pytest.approx(1e-5 + 20000 / 1e9)
-    triangles = (5050 + 1275) * 4
-    assert two["send statistics"] == pytest.approx(1e-5 + triangles / 1e9)

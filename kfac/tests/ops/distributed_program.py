@@ -45,18 +45,19 @@ def mirrored(replicas: int, collective: bool = False) -> tf.distribute.Strategy:
     )
 
 
-def problem(cases: int = CASES) -> tuple[np.ndarray, np.ndarray]:
+def problem(widths=LAYERS) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
-    x = random.normal(size=(cases, LAYERS[0]))
-    y = np.argmax(x @ random.normal(size=(LAYERS[0], LAYERS[-1])), axis=1)
+    x = random.normal(size=(CASES, widths[0]))
+    y = np.argmax(x @ random.normal(size=(widths[0], widths[-1])), axis=1)
     return x, y
 
 
 class Trainer:
     """A multilayer perceptron in float64 and a K-FAC step on it."""
 
-    def __init__(self, strategy, sizes=None, static=True, **options):
+    def __init__(self, strategy, sizes=None, static=True, widths=LAYERS, **options):
         self.strategy = strategy
+        self.features = widths[0]
         self.options = {
             "learning_rate": 0.3,
             "damping": 0.05,
@@ -71,17 +72,12 @@ class Trainer:
         random = np.random.default_rng(1)
         with strategy.scope():
             self.variables = []
-            for i, (rows, columns) in enumerate(zip(LAYERS, LAYERS[1:], strict=False)):
+            for i, (rows, columns) in enumerate(zip(widths, widths[1:], strict=False)):
                 for name, shape in (("w", (rows, columns)), ("b", (columns,))):
                     value = random.normal(size=shape) * 0.5
                     self.variables.append(tf.Variable(value, name=f"{name}{i}"))
-        self.batches = self.distribute(problem(), sizes)
-        specs = [
-            tf.TensorSpec([None, LAYERS[0]], tf.float64),
-            tf.TensorSpec([None], tf.int64),
-        ]
+        self.batches = self.distribute(problem(widths), sizes)
         self.static = static
-        self.specs = specs
         self.trace_count = 0
         self.step = tf.function(self._step, autograph=False)
 
@@ -121,7 +117,7 @@ class Trainer:
     def replica_step(self, batch):
         x, y = batch
         if not self.static:
-            x = tf.raw_ops.PlaceholderWithDefault(input=x, shape=[None, LAYERS[0]])
+            x = tf.raw_ops.PlaceholderWithDefault(input=x, shape=[None, self.features])
             y = tf.raw_ops.PlaceholderWithDefault(input=y, shape=[None])
             batch = (x, y)
         with self.store.as_default():

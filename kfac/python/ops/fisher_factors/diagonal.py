@@ -98,18 +98,19 @@ class DiagonalKroneckerFactor(DiagonalFactor):
         self._has_bias = has_bias
         self._one_hot_depth = getattr(tensors[0][0], "one_hot_depth", None)
         self._sparse_dtype = tf.as_dtype(dtype or tf.float32)
-        self._check_ranks(*((1,) if self._is_sparse else (2,)))
+        self._check_ranks(*((1,) if self.is_sparse else (2,)))
         super().__init__()
 
     @property
-    def _is_sparse(self) -> bool:
+    def is_sparse(self) -> bool:
+        """Whether the data are ids that stand for one-hot rows."""
         return self._one_hot_depth is not None
 
     def _check_ranks(self, *ranks: int) -> None:
         for data in tf.nest.flatten(self._tensors):
             if data.shape.rank not in (None, *ranks):
                 expected = " or ".join(str(rank) for rank in ranks)
-                kind = "Integer ids" if self._is_sparse else "Dense data"
+                kind = "Integer ids" if self.is_sparse else "Dense data"
                 raise ValueError(
                     f"{kind} of {type(self).__name__} must have rank {expected}, got "
                     f"shape {data.shape}."
@@ -127,7 +128,7 @@ class DiagonalKroneckerFactor(DiagonalFactor):
 
     @property
     def _cov_shape(self) -> list[int]:
-        if self._is_sparse:
+        if self.is_sparse:
             size = self._one_hot_depth
         else:
             size = tf.compat.dimension_value(self._tensors[0][0].shape[-1])
@@ -143,7 +144,7 @@ class DiagonalKroneckerFactor(DiagonalFactor):
 
     @property
     def _dtype(self) -> tf.DType:
-        return self._sparse_dtype if self._is_sparse else self._tensors[0][0].dtype
+        return self._sparse_dtype if self.is_sparse else self._tensors[0][0].dtype
 
     def _partial_batch_size(self, source: int = 0, tower: int = 0) -> int | tf.Tensor:
         return statistics.num_rows(self._tensors[source][tower])
@@ -154,7 +155,7 @@ class DiagonalKroneckerFactor(DiagonalFactor):
 
     def _compute_new_cov(self, source: int, tower: int) -> tf.Tensor:
         rows = self._rows(source, tower)
-        if self._is_sparse:
+        if self.is_sparse:
             return statistics.one_hot_frequencies(
                 rows, self._one_hot_depth, self._dtype, self._has_bias
             )
@@ -190,7 +191,7 @@ class DiagonalMultiKF(DiagonalKroneckerFactor):
 
     @property
     def _feature_rank(self) -> int:
-        return 0 if self._is_sparse else 1
+        return 0 if self.is_sparse else 1
 
     def _check_ranks(self, *ranks: int) -> None:
         super()._check_ranks(*ranks, *(rank + 1 for rank in ranks))
