@@ -271,7 +271,7 @@ ERRORS = {
     ),
     "diagonal with a stride over channels": (
         _call(CONV, strides=_value([1, 1, 1, 2]), approx=_value("diagonal")),
-        "stride 1",
+        "1 for the batch and the channels",
     ),
     "mask of another shape": (
         _call(CONV, patch_mask=_value(np.ones([3, 3]))),

@@ -170,9 +170,19 @@ class ConvDiagonalFactor(diagonal.DiagonalFactor):
         Returns:
           `[kh * kw * channels_in / groups, channels_out]`.
         """
+        patches = _locations_folded(patches)
+        outputs_grad = _locations_folded(outputs_grad)
+        if not patches.shape[:2].is_compatible_with(outputs_grad.shape[:2]):
+            raise ValueError(
+                f"The filter {tuple(self._filter_shape)} of {self.name!r} is applied "
+                f"at {patches.shape[1]} locations of its inputs, by padding "
+                f"{self._padding!r}, strides {self._strides} and dilations "
+                f"{self._dilations}; its outputs have {outputs_grad.shape[1]}. "
+                "Register the layer as it is computed."
+            )
         return statistics.sum_of_squared_example_gradients(
-            _locations_folded(patches),
-            _locations_folded(outputs_grad),
+            patches,
+            outputs_grad,
             groups=self._groups,
             offsets=self._filter_shape[0] * self._filter_shape[1],
         )

@@ -232,7 +232,7 @@ class ConvOutputKroneckerFactor(dense.DenseSquareMatrixFactor):
     def __init__(self, outputs_grads: Any, data_format: str | None = None):
         conv_patches.check_channels_last(data_format)
         self._outputs_grads = outputs_grads
-        self._out_channels = tf.compat.dimension_value(outputs_grads[0][0].shape[-1])
+        self._out_channels = statistics.num_features(outputs_grads[0][0])
         super().__init__()
 
     @property

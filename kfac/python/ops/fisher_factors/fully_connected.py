@@ -46,8 +46,7 @@ class FullyConnectedKroneckerFactor(dense.DenseSquareMatrixFactor):
 
     @property
     def _vec_shape(self) -> list[int]:
-        features = tf.compat.dimension_value(self._tensors[0][0].shape[-1])
-        return [features + int(self._has_bias)]
+        return [statistics.num_features(self._tensors[0][0]) + int(self._has_bias)]
 
     @property
     def _cov_shape(self) -> list[int]:
@@ -107,8 +106,8 @@ class FullyConnectedDiagonalFactor(diagonal.DiagonalFactor):
 
     @property
     def _cov_shape(self) -> list[int]:
-        features_in = tf.compat.dimension_value(self._inputs[0].shape[1])
-        features_out = tf.compat.dimension_value(self._outputs_grads[0][0].shape[1])
+        features_in = statistics.num_features(self._inputs[0])
+        features_out = statistics.num_features(self._outputs_grads[0][0])
         return [features_in + int(self._has_bias), features_out]
 
     @property

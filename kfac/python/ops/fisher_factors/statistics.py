@@ -33,6 +33,23 @@ def num_rows(data: Any) -> int | tf.Tensor:
     return tf.shape(tf.convert_to_tensor(data))[0] if static is None else static
 
 
+def num_features(data: Any) -> int:
+    """Size of the last axis.
+
+    Raises:
+      ValueError: it is not known statically.
+    """
+    shape = tf.TensorShape(data.shape)
+    size = tf.compat.dimension_value(shape[-1]) if shape.rank else None
+    if size is None:
+        raise ValueError(
+            f"The number of features of {data.name!r}, the last axis of its shape "
+            f"{shape}, is not known statically, but the curvature's variables are of "
+            "that size. Register a tensor of known shape (tf.ensure_shape)."
+        )
+    return size
+
+
 def num_cases(
     data: Any, num_uses: int | None, feature_rank: int = 1
 ) -> int | tf.Tensor:

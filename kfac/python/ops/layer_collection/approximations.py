@@ -201,7 +201,7 @@ def check_in_table(
     Raises:
       ArgumentError: as said.
     """
-    if approximation not in table:
+    if not isinstance(approximation, str) or approximation not in table:
         raise errors.ArgumentError(
             f"Bad value {approximation!r} for {what}; expected one of {sorted(table)}."
         )

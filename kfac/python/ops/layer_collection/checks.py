@@ -11,10 +11,12 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from kfac.python.ops import errors, state
 from kfac.python.ops.layer_collection import parameters_dict
+from kfac.python.ops.rules import scalars
 
 # Sizes of the axes of a tensor, None where unknown.
 Sizes = list[int | None]
@@ -60,14 +62,16 @@ def layer_parameters(params: Any, members: str) -> Any:
 def distinct_parameters(group: Sequence[Any]) -> None:
     """Checks that a group has members, all of them different variables or tensors."""
     if not group:
-        raise errors.ArgumentError("params is an empty sequence.")
+        raise errors.ArgumentError("params is an empty sequence; give variables.")
     for parameter in group:
         if isinstance(getattr(parameter, "value", None), tf.Variable):
             raise errors.ArgumentError(
                 f"{parameter!r} wraps a tf.Variable; register that variable, its "
                 "`.value`."
             )
-        if not hasattr(parameter, "shape") or not hasattr(parameter, "dtype"):
+        is_array = isinstance(parameter, (np.ndarray, np.generic))
+        has_type = hasattr(parameter, "shape") and hasattr(parameter, "dtype")
+        if is_array or not has_type:
             raise errors.ArgumentError(
                 f"params must be variables (or tensors); got {parameter!r}."
             )
@@ -82,8 +86,15 @@ def single_tensor(tensor: Any, what: str, alternative: str) -> None:
             f"{what} is a sequence of {len(tensor)} tensors, one tensor was expected. "
             f"For a layer used several times call {alternative}."
         )
+    if isinstance(tensor, np.ndarray):
+        raise errors.ArgumentError(
+            f"{what} is a NumPy array of shape {tensor.shape}; give the tensor that "
+            "the layer takes or makes in the graph of the losses."
+        )
     if not hasattr(tensor, "shape"):
-        raise errors.ArgumentError(f"{what} must be a tensor; got {tensor!r}.")
+        raise errors.ArgumentError(
+            f"{what} must be a tensor of the losses' graph; got {tensor!r}."
+        )
 
 
 def number_of_uses(inputs: Any, outputs: Any, num_uses: int | None) -> int | None:
@@ -101,7 +112,9 @@ def number_of_uses(inputs: Any, outputs: Any, num_uses: int | None) -> int | Non
             single_tensor(tensors, what, "")
             continue
         if not tensors:
-            raise errors.ArgumentError(f"{what} is an empty list.")
+            raise errors.ArgumentError(
+                f"{what} is an empty list; give one tensor a use."
+            )
         for tensor in tensors:
             single_tensor(tensor, f"a member of {what}", "")
         if num_uses is not None and num_uses != len(tensors):
@@ -140,17 +153,19 @@ def weights_and_bias(
 
     Returns:
       The weights' static sizes, None if there is nothing to compare with (unknown
-      rank, or a scalar weight, which fits everything).
+      rank, or a scalar weight where that is legal, which fits everything).
     """
     group = parameters_dict.as_tuple(key)
     sizes = static_sizes(group[0])
-    if not sizes:
+    if sizes is None:
         return None
     if not is_legal_rank(len(sizes)):
         raise errors.ArgumentError(
             f"The weights {parameter_name(group[0])!r} have shape {sizes}; expected "
             f"{layout}."
         )
+    if not sizes:
+        return None
     if len(group) == 2:
         bias, last = static_sizes(group[1]), sizes[-output_axes:]
         if bias is not None and None not in bias and None not in last:
@@ -161,6 +176,17 @@ def weights_and_bias(
                     f"{math.prod(last)} entries. params is (weights, bias), in this "
                     "order."
                 )
+    return sizes
+
+
+def known_sizes(parameter: Any, sizes: Sizes | None, layout: str) -> Sizes:
+    """The sizes of weights, all of which must be known statically."""
+    if sizes is None or None in sizes:
+        raise errors.ArgumentError(
+            f"The weights {parameter_name(parameter)!r} have the static shape "
+            f"{parameter.shape}; expected {layout}, all sizes known. Register the "
+            "variable itself."
+        )
     return sizes
 
 
@@ -186,6 +212,16 @@ def rank_and_last_axis(
             f"The layer's {what} {tensor_name(tensor)!r} has shape {sizes}; expected "
             + layout
             + (f", the last axis of size {last}." if last is not None else ".")
+        )
+
+
+def same_dtype(inputs: Any, outputs: Any) -> None:
+    """Checks that the data of a layer have one dtype."""
+    first, second = (tf.as_dtype(t.dtype).base_dtype for t in (inputs, outputs))
+    if first != second:
+        raise errors.ArgumentError(
+            f"inputs {tensor_name(inputs)!r} and outputs {tensor_name(outputs)!r} have "
+            f"different dtypes, {first.name} and {second.name}."
         )
 
 
@@ -238,18 +274,6 @@ def folded_uses(
     return rows
 
 
-def integers(values: Any, lengths: Sequence[int], what: str) -> tuple[int, ...]:
-    """A tuple of ints of a legal length, from a sequence."""
-    try:
-        result = tuple(int(value) for value in values)
-    except TypeError:
-        result = ()
-    if len(result) not in lengths:
-        expected = " or ".join(str(length) for length in lengths)
-        raise errors.ArgumentError(f"{what}={values!r}; expected {expected} integers.")
-    return result
-
-
 def batch_size(size: Any) -> None:
     """Checks a tower's batch size: a positive number or a scalar tensor."""
     shape = tf.TensorShape(getattr(size, "shape", []))
@@ -259,8 +283,10 @@ def batch_size(size: Any) -> None:
             f"batch_size={size!r}; expected a positive number or a scalar tensor, the "
             "size of this tower's mini-batch."
         )
-    if number and size <= 0:
-        raise errors.ArgumentError(f"batch_size={size!r} must be positive.")
+    if number and not (isinstance(scalars.whole(size), int) and size > 0):
+        raise errors.ArgumentError(
+            f"batch_size={size!r} must be positive, a whole number of cases."
+        )
 
 
 def tensor_name(tensor: Any) -> str:

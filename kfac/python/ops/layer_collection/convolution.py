@@ -49,9 +49,10 @@ class ConvolutionLayers(LayerRegistry):
         """
         key = checks.layer_parameters(params, conv_checks.MEMBERS)
         make_block, _ = self._block_type_of("conv1d", key, approx)
-        strides = checks.integers(strides, [3], "strides")
+        conv_checks.check_padding(padding)
+        strides = conv_checks.window(strides, 1, "strides", with_batch=True)
         if dilations is not None:
-            dilations = checks.integers(dilations, [3], "dilations")
+            dilations = conv_checks.window(dilations, 1, "dilations", with_batch=True)
         conv_checks.check_shapes(key, 3, "[width, c_in, c_out]", inputs, outputs)
         block = make_block(
             self,
@@ -138,9 +139,10 @@ class ConvolutionLayers(LayerRegistry):
         conv_checks.check_nhwc(data_format)
         key = checks.layer_parameters(params, conv_checks.MEMBERS)
         make_block, name = self._block_type_of("conv2d", key, approx)
-        strides = checks.integers(strides, [4], "strides")
+        conv_checks.check_padding(padding)
+        strides = conv_checks.window(strides, 2, "strides", with_batch=True)
         if dilations is not None:
-            dilations = checks.integers(dilations, [4], "dilations")
+            dilations = conv_checks.window(dilations, 2, "dilations", with_batch=True)
         conv_checks.check_shapes(
             key, 4, "[height, width, c_in, c_out]", inputs, outputs
         )
@@ -152,11 +154,6 @@ class ConvolutionLayers(LayerRegistry):
             patch_mask=conv_checks.patch_mask_tensor(patch_mask, as_tuple(key)[0]),
         )
         if name == approximations.APPROX_DIAGONAL_NAME:
-            if not strides[0] == strides[-1] == 1:
-                raise errors.ArgumentError(
-                    f"strides={strides}: the diagonal approximation needs stride 1 "
-                    "over the batch and the channels, [1, s, s, 1]."
-                )
             block = make_block(self, dilations=dilations, **options)
         else:
             if name != approximations.APPROX_KRONECKER_REDUCE_NAME:
@@ -203,20 +200,24 @@ class ConvolutionLayers(LayerRegistry):
         """
         key = checks.layer_parameters(params, conv_checks.MEMBERS)
         make_block, _ = self._block_type_of("convolution", key, approx)
-        if data_format is not None and not data_format.endswith("C"):
+        conv_checks.check_padding(padding)
+        is_text = isinstance(data_format, str)
+        if data_format is not None and not (is_text and data_format.endswith("C")):
             raise errors.ArgumentError(
                 f"data_format={data_format!r}: channels must be last."
             )
         sizes = conv_checks.check_shapes(
             key, None, "[*spatial, c_in, c_out]", inputs, outputs
         )
-        if sizes is not None:
-            # With the batch and channel axes, or for the spatial axes only.
-            lengths = [len(sizes) - 2, len(sizes)]
-            if strides is not None:
-                strides = checks.integers(strides, lengths, "strides")
-            if dilation_rate is not None:
-                dilation_rate = checks.integers(dilation_rate, lengths, "dilation_rate")
+        rank = len(sizes) - 2
+        either = dict(with_batch=True, without=True)
+        if strides is not None:
+            conv_checks.check_padding(padding)
+        strides = conv_checks.window(strides, rank, "strides", **either)
+        if dilation_rate is not None:
+            dilation_rate = conv_checks.window(
+                dilation_rate, rank, "dilation_rate", **either
+            )
         block = make_block(
             self,
             params=key,
@@ -269,28 +270,29 @@ class ConvolutionLayers(LayerRegistry):
         conv_checks.check_nhwc(data_format)
         key = checks.layer_parameters(params, conv_checks.MEMBERS)
         make_block, _ = self._block_type_of("conv2d_multi", key, approx)
-        strides = checks.integers(strides, [4], "strides")
+        conv_checks.check_padding(padding)
+        strides = conv_checks.window(strides, 2, "strides", with_batch=True)
         if dilations is not None:
-            dilations = checks.integers(dilations, [4], "dilations")
+            dilations = conv_checks.window(dilations, 2, "dilations", with_batch=True)
         num_uses = checks.number_of_uses(inputs, outputs, num_uses)
         layout = "[height, width, c_in, c_out]"
         if isinstance(inputs, (tuple, list)):
             for use_inputs, use_outputs in zip(inputs, outputs, strict=True):
                 conv_checks.check_shapes(key, 4, layout, use_inputs, use_outputs)
         else:
-            sizes = checks.weights_and_bias(key, lambda rank: rank == 4, layout)
-            if sizes is not None:
-                conv_checks.check_channels(inputs, 4, sizes[-2], "inputs", "c_in")
-                for tensor in as_tuple(outputs):
-                    conv_checks.check_channels(tensor, 4, sizes[-1], "outputs", "c_out")
-                rows = checks.folded_uses(inputs, num_uses, 4, "inputs")
-                if not isinstance(outputs, (tuple, list)):
-                    checks.same_rows(
-                        rows,
-                        checks.folded_uses(outputs, num_uses, 4, "outputs"),
-                        inputs,
-                        outputs,
-                    )
+            sizes = conv_checks.filter_sizes(key, 4, layout)
+            conv_checks.check_channels(inputs, 4, sizes[-2], "inputs", "c_in")
+            for tensor in as_tuple(outputs):
+                conv_checks.check_channels(tensor, 4, sizes[-1], "outputs", "c_out")
+                checks.same_dtype(inputs, tensor)
+            rows = checks.folded_uses(inputs, num_uses, 4, "inputs")
+            if not isinstance(outputs, (tuple, list)):
+                checks.same_rows(
+                    rows,
+                    checks.folded_uses(outputs, num_uses, 4, "outputs"),
+                    inputs,
+                    outputs,
+                )
         block = make_block(
             self,
             params=key,

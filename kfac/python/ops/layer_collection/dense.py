@@ -63,6 +63,8 @@ class DenseLayers(LayerRegistry):
                 outputs, [2], sizes[1], "outputs", "[batch, d_out]"
             )
             checks.same_batch(inputs, outputs)
+            if dense_inputs:
+                checks.same_dtype(inputs, outputs)
         block = make_block(self, has_bias=isinstance(key, tuple))
         plan = self._plan(key, block, reuse)
         self._check_same_kind_of_inputs(plan, dense_inputs)
@@ -212,9 +214,14 @@ def _matrix_sizes(
     if shape and data and None not in shape:
         splits = range(1, len(shape))
         axes = next((n for n in splits if math.prod(shape[:-n]) == data[-1]), 1)
-    sizes = checks.weights_and_bias(
-        key, lambda rank: rank >= 2, "[d_in, d_out]", output_axes=axes
-    )
+    if dense:
+        sizes = checks.weights_and_bias(
+            key, lambda rank: rank != 1, "[d_in, d_out]", output_axes=axes
+        )
+    else:
+        layout = "[number of ids, d_out]"
+        sizes = checks.weights_and_bias(key, lambda rank: rank == 2, layout)
+        checks.known_sizes(as_tuple(key)[0], sizes, layout)
     if sizes is None:
         return None
     sides = sizes[:-axes], sizes[-axes:]
@@ -307,6 +314,9 @@ def _check_uses(
                 else ""
             ),
         )
+    if dense:
+        for tensor in as_tuple(outputs):
+            checks.same_dtype(as_tuple(inputs)[0], tensor)
     if not folded_inputs:
         for use_inputs, use_outputs in zip(inputs, outputs, strict=True):
             checks.same_batch(use_inputs, use_outputs)

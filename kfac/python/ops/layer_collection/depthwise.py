@@ -43,9 +43,8 @@ class DepthwiseLayers(ConvolutionLayers):
           reuse: True adds a tower to the layer, see `reuse.is_another_tower`.
 
         Raises:
-          ArgumentError: shapes, approximation or reuse do not fit.
+          ArgumentError: shapes, approximation, strides or reuse do not fit.
           NotImplementedError: `params` has a bias.
-          ValueError: strides or rate of a wrong length.
         """
         plan = self._plan_depthwise_conv2d(
             params, inputs, outputs, strides, padding, rate, data_format, approx, reuse
@@ -68,6 +67,13 @@ class DepthwiseLayers(ConvolutionLayers):
         key = as_key(params)
         checks.distinct_parameters(as_tuple(key))
         make_block, _ = self._block_type_of("depthwise_conv2d", key, approx)
+        conv_checks.check_padding(padding)
+        strides = conv_checks.window(strides, 2, "strides", with_batch=True)
+        if rate is not None:
+            rate = conv_checks.window(rate, 2, "rate", with_batch=False, without=True)
+        layout = "[height, width, c_in, multiplier]"
+        if not isinstance(key, tuple):  # Which the block refuses.
+            sizes = conv_checks.filter_sizes(key, 4, layout)
         block = make_block(
             self,
             params=key,
@@ -76,13 +82,13 @@ class DepthwiseLayers(ConvolutionLayers):
             rate=rate,
             data_format=data_format,
         )
-        sizes = checks.static_sizes(key)
         checks.single_tensor(inputs, "inputs", "register_generic")
         checks.single_tensor(outputs, "outputs", "register_generic")
         conv_checks.check_channels(inputs, 4, sizes[2], "inputs", "c_in")
-        width = None if None in sizes[2:] else sizes[2] * sizes[3]
+        width = sizes[2] * sizes[3]
         conv_checks.check_channels(outputs, 4, width, "outputs", "c_in * multiplier")
         checks.same_batch(inputs, outputs)
+        checks.same_dtype(inputs, outputs)
         return self._plan(key, block, reuse)
 
     def register_separable_conv2d(
@@ -118,8 +124,8 @@ class DepthwiseLayers(ConvolutionLayers):
           reuse: True adds a tower to both, see `reuse.is_another_tower`.
 
         Raises:
-          ArgumentError, NotImplementedError, ValueError: as the two registrations do;
-            then neither has happened.
+          ArgumentError, NotImplementedError: as the two registrations do; then neither
+            has happened.
         """
         depthwise = self._plan_depthwise_conv2d(
             depthwise_params,
@@ -151,5 +157,6 @@ class DepthwiseLayers(ConvolutionLayers):
                 f"{checks.parameter_name(depthwise.key)!r} is given as the depthwise "
                 "and as a pointwise parameter."
             )
+        pointwise.block.validate_tower(depthwise_outputs, pointwise_outputs)
         self._commit(depthwise, (inputs, depthwise_outputs), uses=1)
         self._commit(pointwise, (depthwise_outputs, pointwise_outputs), uses=1)

@@ -85,6 +85,13 @@ class ElementwiseLayers(LayerRegistry):
                 "have different ranks."
             )
         checks.same_batch(inputs, outputs)
+        checks.same_dtype(inputs, outputs)
+        if not inputs.shape.is_compatible_with(outputs.shape):
+            raise errors.ArgumentError(
+                f"inputs of shape {inputs.shape} and outputs of shape {outputs.shape} "
+                "must have one shape; broadcast the inputs before, or use "
+                "register_generic."
+            )
         make_block, _ = self._block_type_of("scale_and_shift", key, approx)
         block = make_block(
             self,

@@ -14,7 +14,12 @@ import numpy as np
 import tensorflow as tf
 
 from kfac.python.ops import errors
-from kfac.python.ops.layer_collection import approximations, checks, parameters_dict
+from kfac.python.ops.layer_collection import (
+    approximations,
+    checks,
+    parameters_dict,
+    preferences,
+)
 from kfac.python.ops.layer_collection.parameters_dict import as_key, as_tuple, identity
 from kfac.python.ops.layer_collection.reuse import VARIABLE_SCOPE, is_another_tower
 
@@ -73,6 +78,7 @@ class LayerRegistry:
         self._finalized = False
         self._vars_to_uses = parameters_dict.UseCounts()
         self._linked_parameters: dict[Any, str | None] = {}
+        self._preferences = preferences.Preferences()
         self._default_approximations = dict(approximations.DEFAULT_APPROXIMATIONS)
         for family, table in approximations.BLOCK_TYPES.items():
             setattr(self, f"_{family}_approx_to_block_types", dict(table))
@@ -172,12 +178,41 @@ class LayerRegistry:
                 )
         self._linked_parameters[parameters_dict.variable_set(group)] = approximation
 
+    def prefer_approximation(
+        self, variables: Sequence[Any], approximation: str
+    ) -> None:
+        """Asks for an approximation of all groups that the scanner makes of variables.
+
+        Other than linked parameters, they need not belong together. A group whose
+        family does not have the approximation is treated as if nothing had been asked.
+
+        Args:
+          variables: of one or several layers.
+          approximation: name of an approximation.
+
+        Raises:
+          ArgumentError: no layer family has that approximation.
+        """
+        self._check_some_family_has(approximation, "the approximation of a layer")
+        self._preferences.add(variables, approximation)
+
+    def check_preferences(self) -> None:
+        """Checks that each preference was of use for some group.
+
+        Raises:
+          ArgumentError: groups were registered, but none of them could have it.
+        """
+        self._preferences.check()
+
     def _get_linked_approx(self, params: Any) -> str | None:
-        """The approximation linked to exactly this set of parameters, or None."""
+        """The approximation linked to exactly this set of parameters, or None.
+
+        Without such a link it is the one that is preferred for all of them.
+        """
         for linked, approximation in self._linked_parameters.items():
             if parameters_dict.same_variables(linked, as_tuple(params)):
                 return approximation
-        return None
+        return self._preferences.approximation_of(params)
 
     def _approximation_table(
         self, family: str
@@ -200,14 +235,25 @@ class LayerRegistry:
           ArgumentError: the result is not in the family's table.
         """
         if approx is None:
-            linked = self._get_linked_approx(params)
-            approx = approximations.name_in(linked, approx_to_type)
+            approx = self._asked_for(params, approx_to_type)
         if approx is None:
             approx = default
         approximations.check_in_table(
             approx, approx_to_type, f"approx of {checks.parameter_name(params)}"
         )
         return approx_to_type[approx], approx
+
+    def _asked_for(
+        self, params: Any, table: Mapping[str, approximations.BlockFactory]
+    ) -> str | None:
+        """What is linked, or preferred and in the family's table; None otherwise."""
+        is_linked = any(
+            parameters_dict.same_variables(linked, as_tuple(params))
+            for linked in self._linked_parameters
+        )
+        if not is_linked:
+            return self._preferences.name_in(params, table)
+        return approximations.name_in(self._get_linked_approx(params), table)
 
     def _block_type_of(
         self, family: str, params: Any, approx: str | None
