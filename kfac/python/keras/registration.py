@@ -23,7 +23,7 @@ class Registrar:
 
     Args:
       model: the model as a pure function, with its loss.
-      approximations: pairs of a layer and its approximation, see `approximations`.
+      approximations: see the function of that name.
       register_losses: replaces the reading of the loss: called with the collection,
         the model's outputs and the `Batch`.
 
@@ -103,9 +103,12 @@ class Registrar:
         Statistics of layers that compute in half precision are taken in float32.
         """
         for layer, approximation in self._approximations:
-            if approximation != FALLBACK:
-                link_parameters(collection, layer, approximation, variables)
+            if layer is None:
+                collection.set_default_approximation(approximation)
+            elif approximation != FALLBACK:
+                ask_for(collection, layer, approximation, variables)
         collection.auto_register_layers(variables, batch_size=batch_size)
+        collection.check_preferences()
         in_float32 = _Float32()
         for block in collection.get_blocks():
             block.use_sub_batch(in_float32, lambda size: size)
@@ -163,45 +166,45 @@ def trainable_layers(model: Any) -> list[Any]:
     return [layer for layer in layers_with_weights(model) if layer.trainable_variables]
 
 
-def link_parameters(
+def ask_for(
     collection: Any,
     layer: Any,
     approximation: str,
     variables: Sequence[tf.Variable],
 ) -> None:
-    """Sets the approximation of a layer's parameters, as far as `variables` has them.
+    """Asks for an approximation of a layer's parameters that are among `variables`.
 
-    Of a layer with sublayers (attention, for instance) it is that of each of them.
+    Of a layer with several groups of parameters (attention, recurrent cells) it is that
+    of each group that can have it.
     """
     wanted = {v.ref() for v in variables}
-    for group in _parameter_groups(layer):
-        if all(v.ref() in wanted for v in group):
-            params = group[0] if len(group) == 1 else tuple(group)
-            collection.define_linked_parameters(params, approximation)
+    own = [tf_variable(v) for v in layer.trainable_variables]
+    own = [v for v in own if v.ref() in wanted]
+    if own:
+        collection.prefer_approximation(own, approximation)
 
 
-def _parameter_groups(layer: Any) -> list[list[tf.Variable]]:
-    """A layer's trainable variables, those of each sublayer together."""
-    groups: dict[str, list[tf.Variable]] = {}
-    for variable in layer.trainable_variables:
-        parent = variable.path.rpartition("/")[0]
-        groups.setdefault(parent, []).append(tf_variable(variable))
-    return list(groups.values())
-
-
-def approximations(model: Any, fisher_approx: Any) -> list[tuple[Any, str]]:
+def approximations(model: Any, fisher_approx: Any) -> list[tuple[Any | None, str]]:
     """Pairs of a layer and the approximation that is asked for it.
 
     Args:
       model: Keras model.
       fisher_approx: approximations by layer name or path, layer class or
-        `kfac_class_<name>`, or a list with one entry (or None) a trainable layer.
+        `kfac_class_<name>`; a list with one entry (or None) a trainable layer; or one
+        approximation for all layers that have it, which makes a pair without layer.
 
     Raises:
       ValueError: `fisher_approx` does not fit the layers.
     """
     if not fisher_approx:
         return []
+    if isinstance(fisher_approx, str):
+        if fisher_approx == FALLBACK:
+            raise ValueError(
+                "fisher_approx='fallback' leaves no layer to Kfac; name the layers "
+                "that the fallback is to train: {'<layer>': 'fallback'}."
+            )
+        return [(None, fisher_approx)]
     if isinstance(fisher_approx, (list, tuple)):
         layers = trainable_layers(model)
         if len(fisher_approx) != len(layers):

@@ -19,7 +19,7 @@ from kfac.python.keras.models import PureModel, tf_variable
 from kfac.python.keras.registration import (
     CLASS_PREFIX,
     approximations,
-    link_parameters,
+    ask_for,
     serialize_fisher_approx,
     trainable_layers,
 )
@@ -136,7 +136,7 @@ def register_layer(
     if not variables:
         return
     if fisher_approx is not None:
-        link_parameters(layer_collection, layer, fisher_approx, variables)
+        ask_for(layer_collection, layer, fisher_approx, variables)
     if outputs is None:
         outputs = [loss.inputs for loss in layer_collection.losses]
     tensors = tf.nest.flatten(outputs)
@@ -148,6 +148,7 @@ def register_layer(
     graph_search.register_subgraph_layers(
         layer_collection, variables, utils.SubGraph(tensors), batch_size=batch_size
     )
+    layer_collection.check_preferences()
 
 
 def register_loss(
@@ -200,8 +201,8 @@ def get_layer_collection(
       model: Keras model.
       loss: a loss, or a list or dictionary of one an output; None registers none.
       loss_weights: likewise, the coefficients of the registered losses.
-      fisher_approx: approximations by layer name or class, or a list with one entry a
-        trainable layer.
+      fisher_approx: approximations by layer name or class, a list with one entry a
+        trainable layer, or one for all layers that have it.
       layer_collection: collection to use; a new one by default.
       seed: of all losses.
       inputs: structure of tensors to call the model on, in training mode and without
@@ -244,10 +245,11 @@ def get_layer_collection(
             )
     if batch_size is None:
         batch_size = tf.shape(tf.nest.flatten(outputs)[0])[0]
-    chosen = {
-        id(layer): approximation
-        for layer, approximation in approximations(model, fisher_approx)
-    }
+    chosen = {}
+    for layer, approximation in approximations(model, fisher_approx):
+        if layer is None:
+            collection.set_default_approximation(approximation)
+        chosen[id(layer)] = approximation
     for layer in trainable_layers(model):
         register_layer(
             collection, layer, chosen.get(id(layer)), outputs, batch_size=batch_size

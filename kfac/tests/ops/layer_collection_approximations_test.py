@@ -238,3 +238,43 @@ def test_linking_to_an_unknown_approximation_is_an_error(lc):
     with unchanged(lc), pytest.raises(ValueError, match="Bad value"):
         lc.define_linked_parameters(x, "kronecker")
     lc.define_linked_parameters(x, "kron_series_1")
+
+
+# Preferences.
+
+
+def test_a_preference_is_for_those_groups_that_can_have_it(lc):
+    dense = CASES["register_fully_connected"].arguments()
+    norm = CASES["register_scale_and_shift"].arguments()
+    lc.prefer_approximation([*dense["params"], *norm["params"]], "ekfac")
+    register(lc, "register_fully_connected", dense)
+    register(lc, "register_scale_and_shift", norm)
+    blocks = [type(block) for block in lc.get_blocks()]
+    assert blocks == [fb.FullyConnectedEKFACFB, fb.ScaleAndShiftFullFB]
+    lc.check_preferences()
+
+
+def test_arguments_and_links_count_more_than_preferences_and_late_ones_than_early(lc):
+    cases = [CASES["register_fully_connected"].arguments() for _ in range(3)]
+    lc.define_linked_parameters(cases[1]["params"], "kron_in_diag")
+    for name in ("ekfac", "kron_both_diag"):
+        lc.prefer_approximation([v for c in cases for v in c["params"]], name)
+    for arguments, explicit in zip(cases, ("diagonal", None, None), strict=True):
+        register(lc, "register_fully_connected", arguments, approx=explicit)
+    found = [block.description().approximation for block in lc.get_blocks()]
+    assert found == ["diagonal", "kron_in_diag", "kron_both_diag"]
+
+
+def test_a_preference_that_no_group_could_have_is_an_error_once_asked_for(lc):
+    norm = CASES["register_scale_and_shift"].arguments()
+    lc.prefer_approximation(norm["params"], "ekfac")
+    lc.check_preferences()  # Nothing is registered.
+    register(lc, "register_scale_and_shift", norm)
+    with pytest.raises(ValueError, match=r"Bad value.*\['diagonal', 'full'\]") as error:
+        lc.check_preferences()
+    assert isinstance(error.value, AssertionError)
+
+
+def test_preferring_an_unknown_approximation_is_an_error(lc):
+    with unchanged(lc), pytest.raises(ValueError, match="Bad value"):
+        lc.prefer_approximation([variable([1], "x")], "nonsense")

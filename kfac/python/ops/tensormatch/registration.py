@@ -8,6 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from kfac.python.ops.layer_collection.approximations import BLOCK_TYPES
+from kfac.python.ops.layer_collection.parameters_dict import as_tuple, same_variables
 from kfac.python.ops.tensormatch import uses as uses_lib
 from kfac.python.ops.tensormatch.records import (
     AmbiguousRegistrationError,
@@ -265,11 +267,21 @@ def _batch_norm(layer_collection, params, records, batch_size):
             "be registered as generic, for which batch_size is needed."
         )
     approx = layer_collection._get_linked_approx(params)
-    if approx is None:
+    if approx is None or _is_meant_for_others(layer_collection, params, approx):
         approx = layer_collection.default_generic_approximation
     reason = "scale or shift of a batch normalisation"
     groups = ensure_sequence(params) if approx == "diagonal" else (params,)
     return [generic(group, batch_size, reason) for group in groups]
+
+
+def _is_meant_for_others(layer_collection: Any, params: Any, approx: str) -> bool:
+    """Whether it is preferred for a larger layer, of which these are parameters.
+
+    The collection ignores it for them.
+    """
+    linked = getattr(layer_collection, "linked_parameters", ())
+    is_linked = any(same_variables(group, as_tuple(params)) for group in linked)
+    return not is_linked and approx not in BLOCK_TYPES["generic"]
 
 
 def _unsupported(layer_collection, params, records, batch_size):
