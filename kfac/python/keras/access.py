@@ -13,6 +13,7 @@ import tensorflow as tf
 from kfac.python.keras import arguments, step_watch
 from kfac.python.keras.batches import Batch
 from kfac.python.keras.hyperparameters import MUTABLE
+from kfac.python.keras.private_keras import KerasVariable
 from kfac.python.ops import report
 
 _REPORTED = {
@@ -132,7 +133,7 @@ class AccessMixin:
             )
         configured = self.configured_learning_rate
         given = self._options["learning_rate"]
-        if isinstance(given, (tf.Variable, keras.Variable)):
+        if isinstance(given, (tf.Variable, KerasVariable)):
             configured = given
         elif arguments.is_symbolic(given):
             raise AttributeError(

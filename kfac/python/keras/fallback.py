@@ -9,6 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from kfac.python.keras.private_keras import KerasVariable
+
 GENERIC = "generic"
 
 
@@ -92,6 +94,6 @@ def _plain_rate(optimizer: keras.optimizers.Optimizer) -> float | None:
     """The learning rate if it is a number that can be assigned."""
     rate = optimizer.learning_rate
     schedule = optimizer.get_config()["learning_rate"]
-    if not isinstance(rate, keras.Variable) or isinstance(schedule, dict):
+    if not isinstance(rate, KerasVariable) or isinstance(schedule, dict):
         return None
     return float(keras.ops.convert_to_numpy(rate))

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from kfac.python.keras.private_keras import KerasVariable
+
 MUTABLE = frozenset(
     ("learning_rate", "momentum", "damping", "weight_decay_coeff", "norm_constraint")
 )
@@ -62,7 +64,7 @@ class Hyperparameters(tf.Module):
         """
         if name in self._variables and not _is_schedule(self._given[name]):
             self._assign_number(name, self._variables[name], value)
-        elif isinstance(self._given[name], (tf.Variable, keras.Variable)):
+        elif isinstance(self._given[name], (tf.Variable, KerasVariable)):
             self._assign_number(name, self._given[name], value)
         elif not self._made:
             self._given[name] = value

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from kfac.python.keras import losses
 from kfac.python.keras.batches import Batch, not_recording
+from kfac.python.keras.private_keras import KerasVariable
 
 
 class PureModel:
@@ -142,7 +143,7 @@ class PureModel:
 
     def without_side_effects(self) -> keras.StatelessScope:
         """Context in which layers, losses and metrics leave variables as they are."""
-        variables = [v for v in self._all_variables() if isinstance(v, keras.Variable)]
+        variables = [v for v in self._all_variables() if isinstance(v, KerasVariable)]
         # Keras looks up the values for penalties on weights here.
         mapping = [(variable, variable.value) for variable in variables]
         return keras.StatelessScope(state_mapping=mapping, collect_losses=True)
@@ -220,4 +221,4 @@ def num_replicas() -> int:
 
 def tf_variable(variable: Any) -> tf.Variable:
     """The `tf.Variable` beneath a Keras variable; others are returned unchanged."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
+    return variable.value if isinstance(variable, KerasVariable) else variable

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from kfac.python.keras import arguments, models, private_keras
+from kfac.python.keras.private_keras import KerasVariable
 
 _STATE, _HYPER = "state|", "hyper|"
 # Not among `weights`: own state, which the reference API does not have.
@@ -195,7 +196,7 @@ class PersistenceMixin:
         rate = self.configured_learning_rate
         if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
             return keras.optimizers.schedules.serialize(rate)
-        if callable(rate) and not isinstance(rate, keras.Variable):
+        if callable(rate) and not isinstance(rate, KerasVariable):
             if not arguments.is_symbolic(self._options["learning_rate"]):
                 return _serialized_callable(rate)
             rate = rate()

@@ -1,8 +1,8 @@
 """Everything this package uses of Keras that Keras does not promise to keep.
 
-Written for Keras 3.15.  Each function or method says what it relies on and why there
-is no public way; nothing else in `kfac` touches a member of Keras that begins with an
-underscore.
+Written for Keras 3.6 to 3.15.  Each function or method says what it relies on and why
+there is no public way; nothing else in `kfac` touches a member of Keras that begins
+with an underscore.
 """
 
 from __future__ import annotations
@@ -12,6 +12,14 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+
+# The class of all Keras variables. Up to Keras 3.6 `keras.Variable` itself is a
+# subclass of what layers make, so that `isinstance` misses theirs.
+KerasVariable = next(
+    base
+    for base in reversed(keras.Variable.__mro__)
+    if base.__module__.startswith("keras.")
+)
 
 
 class OptimizerHooks(keras.optimizers.Optimizer):
@@ -55,8 +63,11 @@ class OptimizerHooks(keras.optimizers.Optimizer):
             self._trainable_variables_indices[self._var_key(variable)] = index
             self._trainable_variables.append(variable)
             if self.use_ema:
-                averages = self.add_optimizer_variables([variable], "average")
-                self._model_variables_moving_average.extend(averages)
+                # None for those that Keras does not average either (float8 scales).
+                average = None
+                if not getattr(variable, "overwrite_with_gradient", False):
+                    average = self.add_variable_from_reference(variable, "average")
+                self._model_variables_moving_average.append(average)
             if self.gradient_accumulation_steps:
                 self._accumulated_gradients.append(
                     self.add_variable_from_reference(variable, "gradient_accumulator")

@@ -17,7 +17,12 @@ CASES = {
     "binary, probabilities": keras.losses.BinaryCrossentropy(),
     "mse": keras.losses.MeanSquaredError(),
 }
-REDUCTIONS = ("sum_over_batch_size", "sum", "mean_with_sample_weight")
+REDUCTIONS = ["sum_over_batch_size", "sum"]
+try:
+    keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+    REDUCTIONS.append("mean_with_sample_weight")
+except ValueError:  # An older Keras.
+    pass
 
 
 def _with_reduction(loss, reduction):

@@ -28,6 +28,7 @@ class Case:
       ids: number of different ids if the input holds ids.
       inputs: number of inputs, all alike.
       training: argument of the call; not passed if None.
+      newer: Keras' name of the layer, if the oldest Keras supported lacks it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     ids: int | None = None
     inputs: int = 1
     training: bool | None = None
+    newer: str | None = None
 
     def __repr__(self):
         return self.name
@@ -340,7 +342,13 @@ CASES = [
         {"gamma": GENERIC, "beta": GENERIC},
         "last axes",
     ),
-    Case("RMSNormalization", layers.RMSNormalization, (5, 4), {"scale": SCALE}),
+    Case(
+        "RMSNormalization",
+        lambda: layers.RMSNormalization(),
+        (5, 4),
+        {"scale": SCALE},
+        newer="RMSNormalization",
+    ),
     Case(
         "Embedding of sequences",
         lambda: layers.Embedding(10, 4),
@@ -375,6 +383,7 @@ CASES = [
         (5,),
         {"embeddings": SHARED},
         ids=10,
+        newer="ReversibleEmbedding",
     ),
     Case(
         "SimpleRNN, unrolled",
