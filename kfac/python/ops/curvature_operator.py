@@ -37,12 +37,14 @@ def curvature_operator(
     `LinearOperatorEigenbasis`.
 
     Args:
-      estimator: a `FisherEstimator`, or anything else with a layer collection `layers`
-        that is in use, such as a `KfacOptimizer`; its variables must exist.
+      estimator: a `FisherEstimator`; anything else with a layer collection `layers`
+        that is in use, such as `KfacOptimizer` or the Keras optimizer `Kfac`; or that
+        collection. Its variables must exist.
       damped: whether every block contains its damping.
 
     Raises:
       ArgumentError: the estimator has no variables yet.
+      TypeError: the argument is none of them.
       NotImplementedError: a block has no matrix (the series approximations).
     """
     return linalg.LinearOperatorBlockDiag(
@@ -180,12 +182,27 @@ def unflatten(estimator: Any, vector: Any) -> list[tuple[tf.Tensor, Any]]:
 
 
 def _blocks(estimator: Any) -> list[tuple[Any, Any]]:
-    """Parameter groups and blocks, which must have factors."""
-    blocks = list(estimator.layers.fisher_blocks.items())
+    """Parameter groups and blocks, which must have factors.
+
+    Raises:
+      TypeError: the argument has nothing to do with curvature.
+      ArgumentError: its factors do not exist yet.
+    """
+    collection = estimator
+    if not hasattr(estimator, "fisher_blocks"):
+        collection = getattr(estimator, "layers", estimator)
+    # (The Keras optimizer's is None before the model is known.)
+    if not (collection is None or hasattr(collection, "fisher_blocks")):
+        raise TypeError(
+            "Expected an estimator, an optimizer or a LayerCollection, got a "
+            f"{type(estimator).__name__}."
+        )
+    blocks = [] if collection is None else list(collection.fisher_blocks.items())
     if not blocks or not all(block._factors() for _, block in blocks):
         raise errors.ArgumentError(
             "The curvature has no variables yet: call make_vars_and_create_op_thunks() "
-            "(or the optimizer's minimize) first."
+            "(or the optimizer's minimize, or a Keras model's fit) first. Optimizers "
+            "without Kronecker factors, such as FishLeg, have no such curvature."
         )
     return blocks
 
