@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from kfac.python.keras import arguments, step_watch
+from kfac.python.keras import arguments, option_checks, step_watch
 from kfac.python.keras.batches import Batch
-from kfac.python.keras.hyperparameters import MUTABLE
+from kfac.python.keras.hyperparameters import reassigned
+from kfac.python.keras.option_checks import MUTABLE
 from kfac.python.keras.private_keras import KerasVariable
 from kfac.python.ops import report
 
@@ -72,9 +71,17 @@ class AccessMixin:
     def _register_now(self, x: Any) -> None:
         """Makes all state before the first step."""
         model = self._known_model().model
-        if x is not None:
-            self._recorder.specs = Batch(x, None).as_tensors().specs()
         self._registrar()
+        if self._needs_targets and self._recorder.specs is None:
+            raise ValueError(
+                "estimation_mode='empirical' takes statistics from targets, and none "
+                "have been seen yet; train for a step first."
+            )
+        if x is not None and self._recorder.specs is None:
+            batch = Batch(x, None).as_tensors()
+            if not getattr(model, "built", True):
+                model(batch.x, training=False)
+            self._recorder.specs = batch.specs()
         if self._specs() is None:
             raise ValueError(
                 "The shapes of the model's inputs are not known yet: pass a batch of "
@@ -135,19 +142,15 @@ class AccessMixin:
         given = self._options["learning_rate"]
         if isinstance(given, (tf.Variable, KerasVariable)):
             configured = given
-        elif arguments.is_symbolic(given):
+        elif option_checks.is_symbolic(given):
             raise AttributeError(
                 "Can't set attribute: learning_rate. It was configured as a tensor."
             )
         elif callable(value) or callable(given):
             keras.optimizers.Optimizer.learning_rate.fset(self, value)
             return
-        if not isinstance(value, (numbers.Number, np.ndarray)):
-            raise ValueError(
-                "Dynamic reassignment only works with numbers: learning_rate got "
-                f"{value!r}. Pass tensors and variables to the constructor."
-            )
-        configured.assign(float(value))
+        otherwise = "Pass tensors and variables to the constructor."
+        configured.assign(reassigned("learning_rate", value, otherwise))
 
     @property
     def lr(self) -> Any:

@@ -12,7 +12,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from kfac.python.keras.hyperparameters import MUTABLE
+from kfac.python.keras.option_checks import (
+    MUTABLE,
+    checked,
+    is_schedule,
+    is_symbolic,
+    loss_weight,
+)
 from kfac.python.ops import optimizer as graph_optimizer
 from kfac.python.ops.kfac_utils import periodic_inv_cov_update_kfac_opt
 
@@ -143,12 +149,14 @@ def resolve(
     """
     given = _flattened(given)
     _check_names(given)
+    given = checked(given)
     if damping is None:
         raise ValueError(
             "Kfac needs a damping, for instance damping=0.01; see the tuning guide in "
             "docs/keras.md."
         )
-    options = {**DEFAULTS, **given, "learning_rate": learning_rate, "damping": damping}
+    options = {**DEFAULTS, **given}
+    options |= checked({"learning_rate": learning_rate, "damping": damping})
     if adaptive:
         _make_adaptive(options, given)
     _check_step_size(options, given, learning_rate)
@@ -259,11 +267,6 @@ def _match_periods(options: dict[str, Any], given: Mapping[str, Any]) -> None:
 
 
 def _check_combinations(options: Mapping[str, Any]) -> None:
-    for name in ("invert_every", "cov_update_every"):
-        if options[name] < 1:
-            raise ValueError(f"{name} counts steps, from 1; it is {options[name]!r}.")
-    if options["num_burnin_steps"] < 0:
-        raise ValueError(f"num_burnin_steps is {options['num_burnin_steps']!r}.")
     if options["weight_decay"] is not None and uses_quadratic_model(options):
         raise ValueError(
             "weight_decay is multiplied by the learning rate, which the quadratic "
@@ -292,7 +295,7 @@ def base_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def schedule(value: Any) -> Any:
     """`value`, or the learning-rate schedule whose config it is."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and "class_name" in value:
         return keras.optimizers.schedules.deserialize(dict(value))
     return value
 
@@ -305,12 +308,7 @@ def for_keras(learning_rate: Any) -> Any:
         return lambda: learning_rate
     if callable(learning_rate):
         return learning_rate
-    return float(learning_rate)
-
-
-def is_symbolic(value: Any) -> bool:
-    """Whether a hyper-parameter is a tensor or a variable."""
-    return tf.is_tensor(value) or isinstance(value, (tf.Variable, keras.Variable))
+    return learning_rate
 
 
 def mutable_names(options: Mapping[str, Any]) -> frozenset[str]:
@@ -340,13 +338,57 @@ def config_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+    if is_schedule(value):
         return keras.optimizers.schedules.serialize(value)
     if is_symbolic(value):
         return float(keras.ops.convert_to_numpy(value))
     if isinstance(value, tf.DType):
         return value.name
     return value
+
+
+def check_train_batch(train_batch: Any, batch_size: Any = None) -> Any:
+    """The number of cases in a batch of the reference API.
+
+    Args:
+      train_batch: tuple of (structures of) tensors.
+      batch_size: by default the static size of the first tensor.
+
+    Raises:
+      ValueError: it is no such tuple, or its size is not known.
+    """
+    if not isinstance(train_batch, tuple):
+        raise ValueError(
+            f"train_batch must be a tuple (inputs, labels); got {train_batch!r}."
+        )
+    tensors = tf.nest.flatten(train_batch)
+    if not all(tf.is_tensor(tensor) for tensor in tensors):
+        raise ValueError("train_batch must use TF tensors only.")
+    if batch_size is None and tensors[0].shape.rank:
+        batch_size = tf.compat.dimension_value(tensors[0].shape[0])
+    if batch_size is None:
+        raise ValueError(
+            "Could not infer batch_size from train_batch; pass batch_size."
+        )
+    return checked({"batch_size": batch_size})["batch_size"]
+
+
+def check_loss(loss: Any, loss_weights: Any) -> None:
+    """Raises `ValueError` for what no model could be compiled with.
+
+    Whether the curvature of the loss is known shows when it is registered.
+    """
+    for each in tf.nest.flatten(loss):
+        if isinstance(each, str):
+            keras.losses.get(each)
+        elif each is not None and (not callable(each) or isinstance(each, type)):
+            raise ValueError(
+                "loss must be a Keras loss: a name, a function or an object, or a list "
+                f"or dictionary of them by output; got {each!r}."
+            )
+    for each in tf.nest.flatten(loss_weights):
+        if each is not None:
+            loss_weight(each)
 
 
 def serialize_loss(loss: Any) -> Any:

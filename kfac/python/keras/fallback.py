@@ -30,15 +30,29 @@ class Fallback:
         # As it is kept in a variable.
         self._initial_rate = initial_rate and float(np.float32(initial_rate))
         self._own_rate = _plain_rate(optimizer)
+        self._trained: set[int] | None = None
 
     @property
     def _follows(self) -> bool:
         return self._own_rate is not None and bool(self._initial_rate)
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Makes the optimizer's variables; further calls must give the same ones."""
+        """Makes the optimizer's variables.
+
+        Raises:
+          ValueError: a further call has variables that the first one had not.
+        """
         if not self.optimizer.built:
             self.optimizer.build(list(variables))
+        if self._trained is None:
+            self._trained = {id(variable) for variable in variables}
+        new = [v.name for v in variables if id(v) not in self._trained]
+        if new:
+            raise ValueError(
+                f"The fallback optimizer {type(self.optimizer).__name__} was made for "
+                f"other variables than {new}, and Keras' optimizers cannot be told of "
+                "new ones. Make a new Kfac, with a new fallback."
+            )
 
     def apply(self, grads: Sequence, variables: Sequence, rate: Any) -> None:
         """Takes a step.
@@ -76,6 +90,8 @@ def make(fallback: Any, initial_rate: Any) -> Fallback | None:
         return None
     try:
         optimizer = keras.optimizers.get(fallback)
+        if optimizer is None:
+            raise TypeError
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"fallback is {fallback!r}; use 'generic' (a diagonal curvature), or a "

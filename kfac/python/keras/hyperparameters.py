@@ -9,11 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from kfac.python.keras.option_checks import is_schedule, scalar
 from kfac.python.keras.private_keras import KerasVariable
-
-MUTABLE = frozenset(
-    ("learning_rate", "momentum", "damping", "weight_decay_coeff", "norm_constraint")
-)
 
 
 class Hyperparameters(tf.Module):
@@ -45,7 +42,7 @@ class Hyperparameters(tf.Module):
         """Writes the variables of schedules, for the step that begins."""
         self._make_variables()
         for name, value in self._given.items():
-            if _is_schedule(value):
+            if is_schedule(value):
                 self._variables[name].assign(tf.cast(value(iterations), tf.float32))
 
     def variables_by_name(self) -> dict[str, tf.Variable]:
@@ -59,15 +56,16 @@ class Hyperparameters(tf.Module):
         Before the first read anything goes; afterwards only numbers.
 
         Raises:
-          ValueError: a tensor or variable is given after the first read.
+          ValueError: a tensor or variable is given after the first read, or a value
+            that the hyper-parameter cannot have.
           AttributeError: the name stands for a tensor or schedule.
         """
-        if name in self._variables and not _is_schedule(self._given[name]):
+        if name in self._variables and not is_schedule(self._given[name]):
             self._assign_number(name, self._variables[name], value)
         elif isinstance(self._given[name], (tf.Variable, KerasVariable)):
             self._assign_number(name, self._given[name], value)
         elif not self._made:
-            self._given[name] = value
+            self._given[name] = scalar(name, value)
         else:
             raise AttributeError(
                 f"Can't set attribute: {name}. It was configured as a tensor or a "
@@ -80,7 +78,7 @@ class Hyperparameters(tf.Module):
 
     def _as_number(self, name: str) -> Any:
         value = self._given[name]
-        if _is_schedule(value):
+        if is_schedule(value):
             return keras.optimizers.schedules.serialize(value)
         value = self._variables.get(name, value)
         if isinstance(value, numbers.Number):
@@ -95,7 +93,7 @@ class Hyperparameters(tf.Module):
         self._made = True
         with tf.init_scope():
             for name, value in sorted(self._given.items()):
-                if _is_schedule(value):
+                if is_schedule(value):
                     value = float(value(0))
                 if isinstance(value, numbers.Number):
                     self._variables[name] = tf.Variable(
@@ -104,13 +102,25 @@ class Hyperparameters(tf.Module):
 
     @staticmethod
     def _assign_number(name: str, variable: Any, value: Any) -> None:
-        if not isinstance(value, (numbers.Number, np.ndarray)):
-            raise ValueError(
-                f"Dynamic reassignment only works with numbers: {name} got {value!r}. "
-                "Tensors and variables can be set before the optimizer is first used."
+        variable.assign(
+            reassigned(
+                name,
+                value,
+                "Tensors and variables can be set before the optimizer is first used.",
             )
-        variable.assign(float(value))
+        )
 
 
-def _is_schedule(value: Any) -> bool:
-    return isinstance(value, keras.optimizers.schedules.LearningRateSchedule)
+def reassigned(name: str, value: Any, otherwise: str) -> float:
+    """The number that is assigned to a hyper-parameter in use.
+
+    Raises:
+      ValueError: it is none, or the hyper-parameter cannot have it; the message tells
+        what to do `otherwise`.
+    """
+    if not isinstance(value, (numbers.Number, np.ndarray)):
+        raise ValueError(
+            f"Dynamic reassignment only works with numbers: {name} got {value!r}. "
+            + otherwise
+        )
+    return scalar(name, value)

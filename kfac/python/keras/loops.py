@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from kfac.python.keras import batches, models
+from kfac.python.keras import arguments, batches, models
 
 
 class LoopsMixin:
@@ -68,21 +68,9 @@ class LoopsMixin:
         Raises:
           ValueError: see the messages.
         """
-        if not isinstance(train_batch, tuple):
-            raise ValueError(
-                f"train_batch must be a tuple (inputs, labels); got {train_batch!r}."
-            )
-        tensors = tf.nest.flatten(train_batch)
-        if not all(tf.is_tensor(tensor) for tensor in tensors):
-            raise ValueError("train_batch must use TF tensors only.")
         if batch_size is None:
             batch_size = self._options["batch_size"]
-        if batch_size is None:
-            batch_size = tf.compat.dimension_value(tensors[0].shape[0])
-        if batch_size is None:
-            raise ValueError(
-                "Could not infer batch_size from train_batch; pass batch_size."
-            )
+        batch_size = arguments.check_train_batch(train_batch, batch_size)
         self._options = type(self._options)(
             {**self._options, "train_batch": train_batch, "batch_size": batch_size}
         )

@@ -11,9 +11,20 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from kfac.python.keras import losses
+from kfac.python.keras import losses, private_keras
 from kfac.python.keras.batches import Batch, not_recording
 from kfac.python.keras.private_keras import KerasVariable
+
+
+def check(model: Any) -> None:
+    """Raises `ValueError` for what cannot be a model."""
+    is_class = isinstance(model, type)
+    if is_class or not (callable(model) and hasattr(model, "trainable_variables")):
+        what = f"the class {model.__name__}" if is_class else type(model).__name__
+        raise ValueError(
+            "model must be a Keras model, or a callable with `trainable_variables` "
+            f"such as a tf.Module; got {what}."
+        )
 
 
 class PureModel:
@@ -33,11 +44,7 @@ class PureModel:
     """
 
     def __init__(self, model: Any, loss: Any = None, loss_weights: Any = None):
-        if not callable(model) or not hasattr(model, "trainable_variables"):
-            raise ValueError(
-                "model must be a Keras model, or a callable with `trainable_variables` "
-                f"such as a tf.Module; got {type(model).__name__}."
-            )
+        check(model)
         self.model = model
         self._loss = loss
         self._loss_weights = loss_weights
@@ -61,10 +68,7 @@ class PureModel:
         """The loss weights given here, else the ones of `compile`, else None."""
         if self._loss_weights is not None or self._loss is not None:
             return self._loss_weights
-        if not self.is_compiled:
-            return None
-        with tf.init_scope():  # The config holds the values of variables.
-            return (self.model.get_compile_config() or {}).get("loss_weights")
+        return private_keras.loss_weights_of(self.model) if self.is_compiled else None
 
     @property
     def output_names(self) -> Any:

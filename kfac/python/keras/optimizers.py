@@ -8,14 +8,15 @@ from typing import Any
 
 import keras
 
-from kfac.python.keras import arguments, private_keras, registration
+from kfac.python.keras import arguments, models, private_keras, registration
 from kfac.python.keras import fallback as fallback_lib
 from kfac.python.keras.access import AccessMixin
 from kfac.python.keras.arguments import CurvatureUpdates, DampingAdaptation
 from kfac.python.keras.batches import BatchRecorder
 from kfac.python.keras.fit_hook import FitHook
-from kfac.python.keras.hyperparameters import MUTABLE, Hyperparameters
+from kfac.python.keras.hyperparameters import Hyperparameters
 from kfac.python.keras.loops import LoopsMixin
+from kfac.python.keras.option_checks import MUTABLE, checked
 from kfac.python.keras.persistence import PersistenceMixin
 from kfac.python.keras.steps import StepsMixin
 from kfac.python.keras.traced import TracedKfac
@@ -116,30 +117,46 @@ class Kfac(
                 "one for every training function. Pass model=, fisher_approx= and "
                 "register_losses= instead, or use kfac.PeriodicInvCovUpdateKfacOpt."
             )
+        given = {
+            "adaptive": adaptive,
+            "seed": seed,
+            "strict": strict,
+            "fisher_approx": fisher_approx,
+            "register_losses": register_losses,
+        }
+        given = checked(given)
+        loss = arguments.deserialize_loss(loss)
+        arguments.check_loss(loss, loss_weights)
         learning_rate = arguments.schedule(learning_rate)
         damping = arguments.schedule(damping)
-        options = arguments.resolve(learning_rate, damping, adaptive, kfac_kwargs)
+        options = arguments.resolve(
+            learning_rate, damping, given["adaptive"], kfac_kwargs
+        )
         options["train_batch"] = train_batch
+        if train_batch is not None and options["adapt_damping"]:
+            arguments.check_train_batch(train_batch, options["batch_size"])
+        if model is not None:
+            models.check(model)
         super().__init__(
-            learning_rate=arguments.for_keras(learning_rate),
+            learning_rate=arguments.for_keras(options["learning_rate"]),
             name=name,
             **arguments.base_options(options),
         )
         # Not a dictionary, which would be tracked for checkpoints.
         self._options = types.MappingProxyType(options)
-        self._seed = seed
-        self._loss = arguments.deserialize_loss(loss)
+        self._seed = given["seed"]
+        self._loss = loss
         self._loss_weights = loss_weights
         self._fisher_approx = registration.serialize_fisher_approx(fisher_approx)
         self._register_losses = register_losses
-        self._strict = strict
+        self._strict = given["strict"]
         mutable = arguments.mutable_names(options) - {"learning_rate"}
         self._hyper = Hyperparameters({key: options[key] for key in mutable})
         self._store = state.VariableStore(name="kfac_state")
         self._recorder = BatchRecorder()
         self._fit_hook = FitHook(self)
         self._working = Working()
-        self._fallback = fallback_lib.make(fallback, learning_rate)
+        self._fallback = fallback_lib.make(fallback, options["learning_rate"])
         # As an attribute, Keras' files and checkpoints find it.
         self.fallback = self._fallback and self._fallback.optimizer
         if model is not None:

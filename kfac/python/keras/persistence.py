@@ -9,12 +9,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from kfac.python.keras import arguments, models, private_keras
+from kfac.python.keras import arguments, models, option_checks, private_keras
 from kfac.python.keras.private_keras import KerasVariable
+from kfac.python.keras.working import OWN_STATE
 
 _STATE, _HYPER = "state|", "hyper|"
-# Not among `weights`: own state, which the reference API does not have.
-_OWN = "keras/"
 
 
 class PersistenceMixin:
@@ -61,7 +60,7 @@ class PersistenceMixin:
         """
         left_out = [self.configured_learning_rate]
         left_out += [
-            v for n, v in self._state_variables().items() if n.startswith(_OWN)
+            v for n, v in self._state_variables().items() if n.startswith(OWN_STATE)
         ]
         left_out_ids = {id(variable) for variable in left_out}
         return [v for v in self.variables if id(v) not in left_out_ids]
@@ -197,7 +196,7 @@ class PersistenceMixin:
         if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
             return keras.optimizers.schedules.serialize(rate)
         if callable(rate) and not isinstance(rate, KerasVariable):
-            if not arguments.is_symbolic(self._options["learning_rate"]):
+            if not option_checks.is_symbolic(self._options["learning_rate"]):
                 return _serialized_callable(rate)
             rate = rate()
         return float(keras.ops.convert_to_numpy(rate))

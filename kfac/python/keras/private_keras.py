@@ -115,6 +115,15 @@ def mask_of(output: Any) -> Any:
     return getattr(output, "_keras_mask", None)
 
 
+def loss_weights_of(model: keras.Model) -> Any:
+    """The loss weights that a compiled model was given.
+
+    `get_compile_config` has them, too, but serialises the optimizer, losses and metrics
+    for it, which warns about or fails for what cannot be saved.
+    """
+    return model._compile_config.config["loss_weights"]
+
+
 def as_keras_variable(variable: tf.Variable, name: str, scope: str) -> keras.Variable:
     """A Keras variable around an existing one, with the path `scope/name`.
 

@@ -66,21 +66,22 @@ class StepsMixin:
             what to do.
         """
         working = self._working
-        working.batch = self._taken_batch()
+        if trainable_variables is None:
+            trainable_variables = self.trained_variables
+        trainable_variables = list(trainable_variables)
+        working.batch = self._taken_batch(trainable_variables)
         try:
-            if trainable_variables is None:
-                trainable_variables = self.trained_variables
-            trainable_variables = list(trainable_variables)
             self.build(trainable_variables)
             self._check_loss(trainable_variables)
             super().apply(grads, trainable_variables)
         finally:
             working.batch = None
 
-    def _taken_batch(self) -> batches.Batch:
+    def _taken_batch(self, variables: Sequence[Any]) -> batches.Batch:
         self._known_model()
         batch = self._recorder.take()
         if batch is None:
+            self._check_owner(variables)
             raise ValueError(
                 "Kfac has not seen the batch of this step. In fit and in loops that "
                 "call model.compute_loss(x, y, y_pred) it does so by itself; in "
@@ -88,6 +89,16 @@ class StepsMixin:
                 "gradients (in the same tf.function), or use optimizer.step(x, y)."
             )
         return batch
+
+    def _check_owner(self, variables: Sequence[Any]) -> None:
+        """Raises `ValueError` if no variable is the registered model's."""
+        model = self._known_model().model
+        if set(_key(variables)).isdisjoint(_key(model.trainable_variables)):
+            raise ValueError(
+                f"Kfac trains {getattr(model, 'name', type(model).__name__)!r}, but is "
+                "given variables of another model. Make an optimizer for each model, "
+                "or call optimizer.register_layers(model) before training the next one."
+            )
 
     def _known_model(self) -> models.PureModel:
         if self._working.model is None:
@@ -104,6 +115,11 @@ class StepsMixin:
         specs = self._specs()
         if key in working.prototypes or working.model is None or specs is None:
             return
+        self._check_owner(variables)
+        is_stale = working.stale_state(working.model.state_names())
+        if is_stale is not None:
+            self._store.forget(is_stale)
+            working.forget_traces()
         registrar = self._registrar()
         left = registrar.left_to_fallback()
         if left and self._fallback is None:
@@ -140,8 +156,15 @@ class StepsMixin:
             return working.batch.as_tensors().specs()
         if self._recorder.specs is not None:
             return self._recorder.specs
+        if self._needs_targets:
+            return None
         inputs = None if working.model is None else working.model.input_specs()
         return None if inputs is None else batches.Batch(inputs, None)
+
+    @property
+    def _needs_targets(self) -> bool:
+        """Whether the model cannot be registered before a batch has been seen."""
+        return self._options["estimation_mode"] == "empirical"
 
     def recheck_loss(self) -> None:
         """Lets the next step compare the declared with the real loss."""
@@ -249,8 +272,8 @@ class StepsMixin:
                 else:
                     traced.gradients = [grads[i] for i in kept]
                     traced.update_curvature()
-            self.decay_weights(variables)
             watch = self._watch(traced, grads, variables, batch)
+            self.decay_weights(variables)
             if kept:
                 traced.apply_gradients(
                     [(grads[i], models.tf_variable(variables[i])) for i in kept]

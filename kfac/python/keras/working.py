@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kfac.python.keras import batches, models
 from kfac.python.keras.prototype import Prototype
 from kfac.python.keras.traced import TracedKfac
+
+# State of `Kfac` itself, beside that of the graph optimizer, begins like this.
+OWN_STATE = "keras/"
 
 
 class Working:
@@ -24,6 +27,7 @@ class Working:
       step_function: of `Kfac.step`, and the loss it was made for; or None.
       loss_is_checked: whether the declared loss was compared with the real one.
       measures: whether steps that are built now measure themselves.
+      owners: names of state for parameters -> `variable.ref()` of whose it is.
       keras_variables: name of state -> the Keras variable around it.
       loaded_weights: values of `weights` or `variables`, until there are these.
     """
@@ -38,8 +42,37 @@ class Working:
         self.step_function: tuple[Callable, Any] | None = None
         self.loss_is_checked = False
         self.measures = False
+        self.owners: dict[str, Any] = {}
         self.keras_variables: dict[str, Any] = {}
         self.loaded_weights: list[Any] | None = None
+
+    def stale_state(self, names: Mapping[Any, str]) -> Callable[[str], bool] | None:
+        """Which state belongs to parameters that are trained no more.
+
+        Layers may have been replaced between two fits, by some whose state has the same
+        names; or the whole model.
+
+        Args:
+          names: `variable.ref()` -> the state's name for the parameter, of the model.
+
+        Returns:
+          Function of the name of state; None if all of it is of use.
+        """
+        known = self.owners
+        new = [n for ref, n in names.items() if known.get(n, ref) != ref]
+        is_other_model = known and not set(known.values()) & set(names)
+        self.owners = known | {name: ref for ref, name in names.items()}
+        if is_other_model:
+            return lambda name: not name.startswith(OWN_STATE)
+        parts = [f"/{name}/" for name in new]
+        return (lambda name: any(part in name for part in parts)) if new else None
+
+    def forget_traces(self) -> None:
+        """Lets everything be built anew, for variables of the state are."""
+        self.prototypes.clear()
+        self.eager_updates.clear()
+        self.keras_variables.clear()
+        self.traced = self.step_function = None
 
     @property
     def batch(self) -> batches.Batch | None:

@@ -112,6 +112,12 @@ class VariableStore(tf.Module):
             else:
                 self._loaded[name] = value
 
+    def forget(self, is_stale: Callable[[str], bool]) -> None:
+        """Lets go of the variables of those names; the next `get` makes new ones."""
+        # Not deleted from the dictionary, which checkpoints would refuse.
+        kept = {n: v for n, v in self._by_name.items() if not is_stale(n)}
+        self._by_name = kept
+
     def not_yet_loaded(self) -> list[str]:
         """Names given to `load` whose variables have not been created so far."""
         return sorted(self._loaded)

@@ -293,3 +293,26 @@ def test_a_quarter_of_the_batch_gives_statistics_of_its_first_cases():
         name = "kfac/FisherEstimator/dense/kernel/input/cov/var"
         moments.append(optimizer.state_variable(name).numpy())
     np.testing.assert_allclose(moments[0], moments[1], rtol=1e-6)
+
+
+def test_a_rejected_step_takes_its_weight_decay_back():
+    model = cases.sequential()
+    optimizer = cases.make(
+        model, adapt_damping=True, weight_decay=0.1, reject_bad_steps=True
+    )
+    x, y = cases.data()
+    model.train_on_batch(x, y)
+    before = cases.weights(model)
+    model.train_on_batch(np.where(x > 2, np.nan, x), y)
+    assert int(optimizer.state_variable("keras/rejected_steps")) == 1
+    for one, other in zip(cases.weights(model), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_reading_loss_weights_serialises_nothing(recwarn):
+    model = cases.sequential()
+    cases.make(model, register_losses=lambda collection, outputs, batch: None)
+    optimizer = cases.make(model, learning_rate=lambda: 0.1)
+    cases.losses_of_fit(model, *cases.data(), epochs=1)
+    assert int(optimizer.iterations) == 1
+    assert not [w for w in recwarn if "saved configuration" in str(w.message)]
