@@ -46,8 +46,7 @@ def test_one_name_is_meant_for_all_layers_that_have_the_approximation():
         "norm/gamma": "full",
         "steps/kernel": "ekfac",
         "conv/kernel": "ekfac",
-        "batch_norm/gamma": "diagonal",
-        "batch_norm/beta": "diagonal",
+        "batch_norm/gamma": "full",
         "out/kernel": "ekfac",
     }
     x, y = np.arange(48).reshape(12, 4) % 7, np.arange(12) % cases.CLASSES

@@ -78,19 +78,6 @@ def scale_model():
     return output, [s, t, u], by_hand
 
 
-def batch_norm_model():
-    x = data(None, 3)
-    s, t = variable("s", 3), variable("t", 3)
-    mean, variance = tf.nn.moments(x, [0])
-    output = tf.nn.batch_normalization(x, mean, variance, t, s, 1e-3)
-
-    def by_hand(collection):
-        collection.register_generic(s, BATCH)
-        collection.register_generic(t, BATCH)
-
-    return output, [s, t], by_hand
-
-
 def embedding_model():
     x = ids(None)
     w, v = variable("w", 7, 3), variable("v", 3, 2)
@@ -156,7 +143,6 @@ MODELS = [
     dense_model,
     convolution_model,
     scale_model,
-    batch_norm_model,
     embedding_model,
     recurrent_model,
     folded_model,
@@ -408,11 +394,13 @@ class TestLinking:
         assert blocks(collection)["v"] == "NaiveFullFB"
 
     def test_linked_parameters_of_a_batch_norm_are_one_group(self):
-        output, (s, t), _ = batch_norm_model()
+        x, s, t = data(None, 3), variable("s", 3), variable("t", 3)
+        mean, variance = tf.nn.moments(x, [0])
+        output = tf.nn.batch_normalization(x, mean, variance, t, s, 1e-3)
         collection = collection_of(output)
-        collection.define_linked_parameters((s, t), "full")
-        gs.register_layers(collection, [s, t], batch_size=BATCH)
-        assert blocks(collection) == {"s,t": "NaiveFullFB"}
+        collection.define_linked_parameters((s, t), "diagonal")
+        gs.register_layers(collection, [s, t])
+        assert blocks(collection) == {"s,t": "ScaleAndShiftDiagonalFB"}
 
 
 class TestLeftOvers:

@@ -76,7 +76,7 @@ class TestModels:
             ]
         )
         result = self.scan(model, 6, 6, 2, training=True)
-        assert total(result.blocks) == [CONV, DENSE, GENERIC, GENERIC]
+        assert total(result.blocks) == [CONV, DENSE, SCALE]
 
     def test_dropout_and_activations_do_not_matter(self):
         activations = ["relu", "gelu", "silu", "softplus", "elu", "leaky_relu", "mish"]

@@ -378,8 +378,3 @@ class TestElementwise:
     def test_a_shift_without_scale_is_generic(self):
         x, t = data(None, 3), variable("t", 3)
         assert_generic(x + t, [t], "not to the output of a recognised layer")
-
-    def test_fused_batch_norm_is_generic(self):
-        x, s, t = data(None, 4, 4, 3), variable("s", 3), variable("t", 3)
-        y, _, _ = tf1.nn.fused_batch_norm(x, s, t, is_training=True)
-        assert_generic(y, [s, t], "batch normalisation")

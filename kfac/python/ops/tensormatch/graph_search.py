@@ -87,14 +87,6 @@ _BASIC_KINDS = (
         record_scale_and_shift_from_bindings,
     ),
     layers.LayerKind(
-        graph_patterns.BatchNorm, frozenset(("AddV2",)), record_batch_norm_from_bindings
-    ),
-    layers.LayerKind(
-        graph_patterns.FusedBatchNormOutput,
-        frozenset(f"FusedBatchNorm{version}" for version in ("", "V2", "V3")),
-        record_batch_norm_from_bindings,
-    ),
-    layers.LayerKind(
         graph_patterns.Embed, frozenset(GATHER_TYPES), record_affine_from_bindings
     ),
 )

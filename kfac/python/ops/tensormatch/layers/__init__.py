@@ -10,7 +10,11 @@ from kfac.python.ops.tensormatch.layers.einsum import EINSUM
 from kfac.python.ops.tensormatch.layers.embedding import EMBEDDING
 from kfac.python.ops.tensormatch.layers.kind import LayerKind
 from kfac.python.ops.tensormatch.layers.lora import LORA
-from kfac.python.ops.tensormatch.layers.normalization import ELEMENTWISE, FORMULA
+from kfac.python.ops.tensormatch.layers.normalization import (
+    ELEMENTWISE,
+    FORMULA,
+    FUSED,
+)
 
 # In the order in which they are tried; an output has the first that makes a record.
 KINDS: tuple[LayerKind, ...] = (
@@ -22,6 +26,7 @@ KINDS: tuple[LayerKind, ...] = (
     TRANSPOSED,
     EMBEDDING,
     FORMULA,
+    FUSED,
     ELEMENTWISE,
 )
 

@@ -1,10 +1,11 @@
-"""Normalisation layers written as formulas, and scales that are cast or reshaped.
+"""Normalisation layers, and scales that are cast or reshaped.
 
 Keras computes `out = in * inv + (shift - mean * inv)` with `inv = rsqrt * scale`, the
 remainder as a difference (batch normalisation) or as a sum with `-mean` (layer and
-group normalisation). Where every case has statistics of its own, the layer is a scale
-and shift of `(in - mean) * rsqrt`, which the graph does not hold and which is added to
-it. Statistics shared by the batch make it a batch normalisation.
+group normalisation); TensorFlow has fused operations, too.  Either way the layer is a
+scale and shift of `(in - mean) * rsqrt`, which the graph does not hold and which is
+added to it.  That the statistics of a batch normalisation in training depend on all
+cases makes no difference to the gradients of scale and shift.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import Any
 import tensorflow as tf
 
 from kfac.python.ops.tensormatch import graph_patterns as gp
+from kfac.python.ops.tensormatch import tensorflow_graph_util as graph_util
 from kfac.python.ops.tensormatch.layers import parameters
 from kfac.python.ops.tensormatch.layers.kind import LayerKind
 from kfac.python.ops.tensormatch.records import (
     MatchRecord,
     RecordType,
     UnsupportedLayerError,
+    attribute,
     parameter_name,
+    record_batch_norm_from_bindings,
 )
 
 _ADDITIONS = ("Add", "AddV2")
@@ -45,8 +49,9 @@ def _formula_pattern() -> tuple:
     product = gp.output_of((gp.Mul, ("In", gp.Tensor("in"), inv)))
     same_inv = gp.Tensor("inv")
     mean = gp.Tensor("mean")
-    scaled_mean = gp.output_of((gp.Mul, ("In", mean, same_inv)))
-    negated = (gp.Mul, ("In", gp.output_of((gp.Neg, ("In", mean))), same_inv))
+    scaled_mean = gp.output_of((gp.Mul("mean_op"), ("In", mean, same_inv)))
+    minus_mean = gp.output_of((gp.Neg("mean_op"), ("In", mean)))
+    negated = (gp.Mul, ("In", minus_mean, same_inv))
     remainder = gp.output_of(
         (
             "?:choice",
@@ -63,12 +68,15 @@ def _formula_pattern() -> tuple:
         gp.output_of(
             (gp.Reshape, ("In", gp.output_of(total, "grouped"), gp.Tensor)), "out"
         ),
+        gp.BatchNorm,
     )
 
 
 def _formula_record(
     bindings: Mapping[str, Any], consumed: Any, tensors_to_variables: Mapping[Any, Any]
 ) -> MatchRecord | None:
+    if "mean" not in bindings:  # Scaled or shifted by something computed.
+        return record_batch_norm_from_bindings(bindings, consumed, tensors_to_variables)
     views = [
         parameters.find(bindings, name, tensors_to_variables)
         for name in ("scale", "shift")
@@ -79,15 +87,6 @@ def _formula_record(
     params = tuple(variable for variable, _ in known)
     rsqrt = bindings.get("rsqrt", bindings["inv"])
     inputs, out = bindings["in"], bindings["out"]
-    if _is_shared_by_cases(rsqrt, inputs):
-        if "grouped" in bindings:
-            return None
-        return MatchRecord(
-            RecordType.batch_norm,
-            params if len(params) > 1 else params[0],
-            consumed,
-            {"inputs": inputs, "outputs": out},
-        )
     grouped = bindings.get("grouped")
     if grouped is not None and (
         _all_aligned(known, grouped) or not _all_regrouped(known, bindings)
@@ -99,7 +98,25 @@ def _formula_record(
             f"the parameters of the normalisation {out.op.name!r} are not broadcast "
             f"along the last axes of its output of shape {out.shape}",
         )
-    if views[0][0] is None:
+    # Not `bindings["mean"]`, which may be the handle of a moving average.
+    mean = next(
+        tensor
+        for tensor in bindings["mean_op"].inputs
+        if graph_util.reduce_identity_ops(tensor) is bindings["mean"]
+    )
+    normalized = functools.partial(_normalized, inputs, mean, rsqrt, out)
+    return _scale_and_shift(views[0][0], params, normalized, out, consumed)
+
+
+def _scale_and_shift(
+    scale: Any, params: tuple, normalized: Any, out: tf.Tensor, consumed: Any
+) -> MatchRecord:
+    """Record of a normalisation whose parameters fit its output.
+
+    Raises:
+      UnsupportedLayerError: it has no scale.
+    """
+    if scale is None:
         raise UnsupportedLayerError(
             params[0],
             f"{parameter_name(params[0])!r} is the shift of the normalisation "
@@ -109,12 +126,7 @@ def _formula_record(
         RecordType.scale_and_shift,
         params if len(params) > 1 else params[0],
         consumed,
-        {
-            "inputs": functools.partial(
-                _normalized, inputs, bindings["mean"], rsqrt, out
-            ),
-            "outputs": out,
-        },
+        {"inputs": normalized, "outputs": out},
     )
 
 
@@ -122,18 +134,43 @@ def _normalized(
     inputs: tf.Tensor, mean: tf.Tensor, rsqrt: tf.Tensor, out: tf.Tensor
 ) -> tf.Tensor:
     """What scale and shift act on, in the shape of the layer's output."""
-    normalized = (inputs - mean) * rsqrt
+    normalized = tf.cast((inputs - mean) * rsqrt, out.dtype)
     if normalized.shape.rank != out.shape.rank:
         normalized = tf.reshape(normalized, tf.shape(out))
     normalized.set_shape(out.shape)
     return normalized
 
 
-def _is_shared_by_cases(statistic: tf.Tensor, inputs: tf.Tensor) -> bool:
-    rank = statistic.shape.rank
-    if rank is None or inputs.shape.rank is None or rank < inputs.shape.rank:
-        return True
-    return tf.compat.dimension_value(statistic.shape[0]) == 1
+def _fused_record(
+    bindings: Mapping[str, Any], consumed: Any, tensors_to_variables: Mapping[Any, Any]
+) -> MatchRecord | None:
+    variables = [
+        tensors_to_variables.get(bindings[name]) for name in ("scale", "offset")
+    ]
+    params = tuple(variable for variable in variables if variable is not None)
+    out = bindings["out"]
+    if not params or out is not out.op.outputs[0]:
+        return None
+    data_format = attribute(out.op, "data_format", "NHWC")
+    if not data_format.endswith("C"):
+        raise UnsupportedLayerError(
+            params if len(params) > 1 else params[0],
+            f"the batch normalisation {out.op.name!r} has its channels first "
+            f"({data_format})",
+        )
+    normalized = functools.partial(_fused_normalized, bindings["in"], out)
+    return _scale_and_shift(variables[0], params, normalized, out, consumed)
+
+
+def _fused_normalized(inputs: tf.Tensor, out: tf.Tensor) -> tf.Tensor:
+    """What scale and offset of a fused operation act on, from its own statistics."""
+    _, _, _, mean, variance = out.op.inputs
+    data = tf.cast(inputs, mean.dtype)
+    if attribute(out.op, "is_training"):
+        # Those among the outputs are rescaled for the moving averages.
+        mean, variance = tf.nn.moments(data, list(range(inputs.shape.rank - 1)))
+    rsqrt = tf.math.rsqrt(variance + attribute(out.op, "epsilon"))
+    return _normalized(data, mean, rsqrt, out)
 
 
 def _all_aligned(known: Sequence[tuple], out: tf.Tensor) -> bool:
@@ -198,6 +235,11 @@ def _elementwise_record(
 
 FORMULA = LayerKind(
     _formula_pattern(), frozenset((*_ADDITIONS, "Reshape")), _formula_record
+)
+FUSED = LayerKind(
+    gp.FusedBatchNormOutput,
+    frozenset(f"FusedBatchNorm{version}" for version in ("", "V2", "V3")),
+    _fused_record,
 )
 ELEMENTWISE = LayerKind(
     _elementwise_pattern(), frozenset((*_ADDITIONS, "Mul")), _elementwise_record
