@@ -9,7 +9,6 @@ by the inverses of K-FAC and EKFAC with the same damping.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -176,11 +175,7 @@ def plot(curves: Mapping[tuple[str, float], Sequence[float]], path: str) -> None
     axes[0, 0].set_ylabel("share of the decrease still missing")
     axes[0, 0].legend(title="preconditioner")
     figure.tight_layout()
-    target = pathlib.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110)
-    pyplot.close(figure)
-    print(f"Plot: {target}")
+    reporting.save_figure(figure, path)
 
 
 def main(argv: list[str]) -> None:

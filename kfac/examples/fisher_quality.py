@@ -11,7 +11,6 @@ split as in section 3.1 of the K-FAC paper, see `exact_fisher`.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,6 +34,8 @@ DEFAULTS = {
 }
 SIDE = 7
 CLASSES = 10
+# Of a matrix in the picture, along each side.
+PIXELS = 105
 # Name in the table -> approximation of registrations.
 APPROXIMATIONS = {"K-FAC": "kron", "EKFAC": "ekfac", "diagonal": "diagonal"}
 
@@ -221,8 +222,9 @@ def draw(qualities: Sequence[Quality], path: str) -> None:
     figure, axes = pyplot.subplots(
         len(names),
         len(columns),
-        figsize=(2.6 * len(columns), 2.8 * len(names)),
+        figsize=(2.6 * len(columns) + 0.6, 2.7 * len(names) + 0.5),
         squeeze=False,
+        layout="constrained",
     )
     for quality in qualities:
         row, column = names.index(quality.layer), columns.index(quality.approximation)
@@ -230,19 +232,49 @@ def draw(qualities: Sequence[Quality], path: str) -> None:
         axis = axes[row, column]
         # A root makes small entries visible; the scale is that of the exact matrix.
         norm = colors.PowerNorm(0.3, vmin=0, vmax=np.abs(exact).max())
-        axis.imshow(np.abs(quality.matrix), cmap="inferno", norm=norm)
+        size = len(exact)
+        image = axis.imshow(
+            coarsened(quality.matrix, PIXELS),
+            cmap="inferno",
+            norm=norm,
+            extent=(0, size, size, 0),
+            interpolation="nearest",
+        )
         axis.set_xticks([])
         axis.set_yticks([])
-        axis.set_title(f"{quality.approximation} ({quality.error:.2f})", fontsize=9)
+        title = quality.approximation
+        if title != "exact":
+            title += f", error {quality.error:.2f}"
+        axis.set_title(title, fontsize=10)
         if column == 0:
-            axis.set_ylabel(f"{quality.layer}, {len(exact)} parameters")
-    figure.suptitle("Fisher blocks, absolute values (relative error)")
-    figure.tight_layout()
-    target = pathlib.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110)
-    pyplot.close(figure)
-    print(f"Picture: {target}")
+            axis.set_ylabel(f"{quality.layer}, {size:,} parameters")
+        if column + 1 == len(columns):
+            top = np.floor(np.log10(norm.vmax))
+            figure.colorbar(
+                image,
+                ax=axes[row, :].tolist(),
+                pad=0.01,
+                aspect=30,
+                ticks=[0, *10.0 ** np.arange(top - 2, top + 1)],
+                format="%g",
+            )
+    figure.suptitle(
+        "Fisher block of each layer, parameters by parameters: absolute values, and "
+        "relative error"
+    )
+    reporting.save_figure(figure, path)
+
+
+def coarsened(matrix: np.ndarray, most: int) -> np.ndarray:
+    """The largest absolute values of square cells, `[n, n]` with n at most `most`.
+
+    Nothing gets lost between pixels, not even a diagonal.
+    """
+    cell = -(-len(matrix) // most)
+    cells = -(-len(matrix) // cell)
+    padding = cells * cell - len(matrix)
+    padded = np.pad(np.abs(matrix), (0, padding))
+    return padded.reshape(cells, cell, cells, cell).max(axis=(1, 3))
 
 
 def main(argv: list[str]) -> None:

@@ -130,6 +130,17 @@ def test_errors_are_ordered_as_theory_says(measured, layer):
     assert row[1] <= row[2] + row[3] + 1e-12
 
 
+@pytest.mark.parametrize(("size", "most"), [(7, 10), (10, 10), (23, 5), (24, 5)])
+def test_cells_of_the_picture_hold_the_largest_absolute_values(size, most):
+    matrix = np.random.default_rng(0).normal(size=(size, size))
+    picture = fisher_quality.coarsened(matrix, most)
+    assert picture.shape[0] == picture.shape[1] <= most
+    cell = -(-size // most)
+    for i, j in np.ndindex(*picture.shape):
+        rows, columns = (slice(cell * k, cell * (k + 1)) for k in (i, j))
+        assert picture[i, j] == np.abs(matrix[rows, columns]).max()
+
+
 def test_the_picture_is_written(measured, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "pictures" / "fisher.png"

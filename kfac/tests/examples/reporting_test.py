@@ -120,3 +120,19 @@ def test_measurements_are_written_as_json(tmp_path, histories):
     reporting.write_json(histories, str(path))
     found = [reporting.History(**fields) for fields in json.loads(path.read_text())]
     assert found == histories
+
+
+def test_a_figure_becomes_a_small_picture_with_its_colours(tmp_path):
+    from matplotlib import pyplot
+    from PIL import Image
+
+    figure, axis = pyplot.subplots(figsize=(4, 3))
+    axis.axhspan(0, 1, color="red")
+    axis.set_axis_off()
+    path = tmp_path / "new" / "figure.png"
+    reporting.save_figure(figure, str(path), dpi=50)
+    picture = Image.open(path)
+    assert picture.size == (200, 150)
+    assert picture.mode == "P"
+    assert picture.convert("RGB").getpixel((100, 75)) == (255, 0, 0)
+    assert not pyplot.fignum_exists(figure.number)
