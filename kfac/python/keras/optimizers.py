@@ -63,7 +63,7 @@ class Kfac(
         model: Any = None,
         loss: Any = None,
         loss_weights: Any = None,
-        fisher_approx: Mapping | Sequence | None = None,
+        fisher_approx: Mapping | Sequence | str | None = None,
         layer_collection: Any = None,
         adaptive: bool = False,
         train_batch: Any = None,
@@ -86,7 +86,10 @@ class Kfac(
           loss: overrides the loss given to `compile`.
           loss_weights: overrides the loss weights given to `compile`.
           fisher_approx: approximations by layer name, path or class, or a list with
-            one entry a trainable layer; "fallback" leaves a layer to `fallback`.
+            one entry a trainable layer, or one for all layers that have it; "kron"
+            means "kron_indep" for layers used several times a case, and "fallback"
+            leaves a layer to `fallback`. A layer with several groups of parameters
+            has the approximation for those of them that can have it.
           layer_collection: not usable with a traced training step, see the error.
           adaptive: adapt damping, learning rate and momentum by the quadratic model.
           train_batch: accepted for compatibility; the batch of the step is used.
