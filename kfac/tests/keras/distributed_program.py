@@ -158,8 +158,11 @@ def mean_loss(model) -> float:
     return float(-np.mean(log_p[np.arange(len(y)), y]))
 
 
-def own_loop(strategy, steps=51, **options) -> dict:
-    """A loop of one's own: `model.compute_loss`, a tape, `apply_gradients`."""
+def own_loop(strategy, steps=51, own_loss=False, **options) -> dict:
+    """A loop of one's own: a tape, `apply_gradients`.
+
+    The loss is `model.compute_loss`, or a mean that is divided by hand.
+    """
     with strategy.scope():
         model = make_model()
         optimizer = make_optimizer(model, **options)
@@ -173,7 +176,16 @@ def own_loop(strategy, steps=51, **options) -> dict:
     def step(batch):
         def replica(x, y):
             with tf.GradientTape() as tape:
-                loss = model.compute_loss(x, y, model(x, training=True))
+                logits = model(x, training=True)
+                if own_loss:
+                    loss = tf.reduce_mean(
+                        tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)
+                    )
+                    loss /= strategy.num_replicas_in_sync
+                else:
+                    loss = model.compute_loss(x, y, logits)
+            if own_loss:
+                optimizer.show_batch(x, y)
             variables = model.trainable_variables
             gradients = tape.gradient(loss, variables)
             optimizer.apply_gradients(zip(gradients, variables, strict=True))
@@ -206,10 +218,11 @@ def convnet() -> keras.Model:
 
 
 def language_model() -> keras.Model:
-    """Embedding, self-attention, and a vocabulary whose factor is diagonal."""
+    """Embedding, attention, normalisation; the vocabulary's factor is diagonal."""
     words = keras.Input((5,), dtype="int32")
     x = keras.layers.Embedding(11, 4)(words)
     x += keras.layers.MultiHeadAttention(2, 3)(x, x)
+    x = keras.layers.LayerNormalization()(x)
     return keras.Model(words, keras.layers.Dense(11, name="vocabulary")(x))
 
 

@@ -23,6 +23,7 @@ JOBS = {
     "fit, 2": {"do": "fit", "replicas": 2},
     "loop, 4": {"do": "loop", "replicas": 4, **SHARED},
     "own loop, 2": {"do": "own loop", "replicas": 2},
+    "own loop, divided loss, 2": {"do": "own loop", "replicas": 2, "own_loss": True},
     "adaptive loop, none": {"do": "loop", "replicas": 0, "adaptive": True},
     "adaptive fit, 2": {"do": "fit", "replicas": 2, "adaptive": True, **SHARED},
     "count, convnet": {

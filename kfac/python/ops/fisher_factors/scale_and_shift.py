@@ -121,6 +121,8 @@ class ScaleAndShiftFactor(base.FisherFactor):
         if self._has_shift:
             columns.append(_summed(grads, self._broadcast_dims_shift))
         rows = tf.concat(columns, axis=1)
+        # Where inputs of unknown shape hid it: what is known travels together.
+        rows.set_shape([None, self._cov_shape[0]])
         if self._approx == "full":
             return statistics.compute_cov(rows)
         return statistics.second_moment_diagonal(rows)
