@@ -311,6 +311,20 @@ class Machine:
         share = 2 * (replicas - 1) / replicas
         return self.latency * doublings + share * num_bytes / self.bandwidth
 
+    @property
+    def width_to_share_inversions(self) -> float:
+        """Width of square layers from which sharing inversions saves time.
+
+        Inverting two factors takes `20/3 n^3` operations, sending their triangles of
+        four-byte numbers and their sums `8 n^2` bytes.
+        """
+        return 1.2 * self.factorisation / self.bandwidth
+
+    @property
+    def width_to_share_products(self) -> float:
+        """Likewise for preconditioning, of `4 n^3` operations."""
+        return 2.0 * self.matmul / self.bandwidth
+
 
 def step_seconds(
     layers: Sequence[Layer],

@@ -129,23 +129,21 @@ def test_memory_is_every_replicas_own_and_packs_the_largest_exchange():
     assert {**apart, "exchange": 0} == {**memory, "exchange": 0}
 
 
-def test_sharing_products_pays_from_a_width_that_rates_give():
-    # 4 n^3 operations saved against 8 n^2 bytes sent, of n by n layers.
-    threshold = 2 * MACHINE.matmul / MACHINE.bandwidth
+@pytest.mark.parametrize("what", ("share_inversions", "share_products"))
+def test_sharing_pays_from_the_width_that_the_rates_give(what):
+    machine = dataclasses.replace(MACHINE, latency=0.0)
+    threshold = getattr(machine, f"width_to_{what}")
 
     def saved(width):
-        layers = [Layer(width, width)] * 1000
-        shared, own = (
-            replica_cost.step_seconds(
-                layers,
-                dataclasses.replace(MACHINE, latency=0.0),
-                1000,
-                cases=1,
-                share_products=share,
+        seconds = []
+        for share in (True, False):
+            options = {"share_products": False, what: share}
+            seconds.append(
+                replica_cost.step_seconds(
+                    [Layer(width, width)] * 1000, machine, 1000, cases=1, **options
+                )
             )
-            for share in (True, False)
-        )
-        return sum(own.values()) - sum(shared.values())
+        return sum(seconds[1].values()) - sum(seconds[0].values())
 
     assert saved(int(0.9 * threshold)) < 0 < saved(int(1.1 * threshold))
 
