@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from kfac.python.ops import fisher_factors
 from kfac.python.ops import layer_collection as lc_lib
 from kfac.tests.ops.layer_collection_cases import (
     BATCH,
@@ -323,6 +324,23 @@ def test_unknown_shapes_pass(lc):
     lc.register_fully_connected(variable([5, 2], "v"), some, some)
     lc.register_fully_connected_multi(variable([5, 2], "u"), some, some, num_uses=3)
     assert len(lc.fisher_blocks) == 4
+
+
+def test_groups_of_channels_have_a_diagonal(lc):
+    filter_, inputs, outputs = variable([3, 3, 2, 6], "f"), data(5, 5, 4), data(5, 5, 6)
+    args = filter_, [1, 1, 1, 1], "SAME"
+    with unchanged(lc), pytest.raises(ValueError, match="last axis of size 2"):
+        lc.register_conv2d(*args, inputs, outputs)
+    with unchanged(lc), pytest.raises(ValueError, match="last axis of size 2"):
+        lc.register_conv2d(*args, data(5, 5, 8), outputs, approx="diagonal")
+    mask = np.ones([3, 3, 2])
+    with unchanged(lc), pytest.raises(ValueError, match="last axis of size 2"):
+        lc.register_conv2d(*args, inputs, outputs, approx="diagonal", patch_mask=mask)
+    lc.register_conv2d(*args, inputs, outputs, approx="diagonal")
+    (block,) = lc.get_blocks()
+    block.instantiate_factors(((data(5, 5, 6),),), 0.1)
+    (factor,) = lc.get_factors()
+    assert isinstance(factor, fisher_factors.GroupedConvDiagonalFactor)
 
 
 def test_all_but_the_last_axis_of_dense_weights_belong_to_the_input(lc):

@@ -281,9 +281,25 @@ class TestConvolutions:
         y = tf.reduce_sum(y, axis=[1, 2])
         assert_generic(y, [w], "not known statically")
 
-    def test_grouped(self):
-        x, w = data(None, 8, 8, 4), variable("w", 3, 3, 2, 4)
-        assert_generic(tf.nn.conv2d(x, w, 1, "SAME"), [w], "grouped")
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_grouped(self, bias):
+        x, w, b = data(None, 8, 8, 4), variable("w", 3, 3, 2, 6), variable("b", 6)
+        y = tf.nn.conv2d(x, w, [1, 2, 2, 1], "VALID")
+        variables = [w, b] if bias else [w]
+        collection = scan(tf.nn.bias_add(y, b) if bias else y, variables)
+        assert blocks(collection) == {"w,b" if bias else "w": "ConvDiagonalFB"}
+        cases.check_uses(collection, variables)
+
+    def test_grouped_and_used_twice_is_generic(self):
+        w = variable("w", 3, 3, 2, 6)
+        outputs = [
+            tf.nn.conv2d(data(None, 8, 8, 4, seed=i), w, 1, "SAME") for i in range(2)
+        ]
+        assert_generic(tf.concat(outputs, 1), [w], "without groups")
+
+    def test_grouped_in_1d_is_generic(self):
+        x, w = data(None, 8, 4), variable("w", 3, 2, 6)
+        assert_generic(tf.nn.conv1d(x, w, 1, "SAME"), [w], "grouped")
 
     def test_channels_first(self):
         x, w = data(None, 2, 8, 8), variable("w", 3, 3, 2, 4)

@@ -67,13 +67,31 @@ def window(
 
 
 def check_shapes(
-    key: Any, rank: int | None, layout: str, inputs: Any, outputs: Any
+    key: Any,
+    rank: int | None,
+    layout: str,
+    inputs: Any,
+    outputs: Any,
+    may_be_grouped: bool = False,
 ) -> checks.Sizes:
-    """Checks filter, bias, ranks, channels and batch sizes; returns filter sizes."""
+    """Checks filter, bias, ranks, channels and batch sizes; returns filter sizes.
+
+    Args:
+      key: the filter, or `(filter, bias)`.
+      rank: of the filter; None for any from 3.
+      layout: of the filter, for messages.
+      inputs: of the layer.
+      outputs: of the layer.
+      may_be_grouped: whether the inputs may have the channels of several groups.
+    """
     checks.single_tensor(inputs, "inputs", "register_conv2d_multi")
     checks.single_tensor(outputs, "outputs", "register_conv2d_multi")
     sizes = filter_sizes(key, rank, layout)
-    check_channels(inputs, len(sizes), sizes[-2], "inputs", "c_in")
+    c_in = sizes[-2]
+    if may_be_grouped:
+        groups = number_of_groups(inputs, c_in)
+        c_in *= groups if sizes[-1] % groups == 0 else 1
+    check_channels(inputs, len(sizes), c_in, "inputs", "c_in")
     check_channels(outputs, len(sizes), sizes[-1], "outputs", "c_out")
     checks.same_batch(inputs, outputs)
     checks.same_dtype(inputs, outputs)
@@ -86,6 +104,13 @@ def filter_sizes(key: Any, rank: int | None, layout: str) -> checks.Sizes:
         key, lambda found: found == rank if rank else found >= 3, layout
     )
     return checks.known_sizes(as_tuple(key)[0], sizes, layout)
+
+
+def number_of_groups(inputs: Any, c_in: int) -> int:
+    """How many times `c_in` channels the inputs have; 1 if that is not known."""
+    sizes = checks.static_sizes(inputs)
+    channels = sizes[-1] if sizes else None
+    return channels // c_in if channels and channels % c_in == 0 else 1
 
 
 def check_channels(

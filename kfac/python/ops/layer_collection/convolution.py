@@ -89,7 +89,8 @@ class ConvolutionLayers(LayerRegistry):
             `[c_out]`.
           strides: 4 ints, `[1, s, s, 1]`.
           padding: "SAME" or "VALID".
-          inputs: `[batch, rows, columns, c_in]`.
+          inputs: `[batch, rows, columns, c_in]`, or with approximation "diagonal" the
+            channels of several groups, each of which has its part of the outputs.
           outputs: `[batch, new_rows, new_columns, c_out]`, before any nonlinearity.
           data_format: None or "NHWC".
           dilations: 4 ints, or None for ones.
@@ -143,9 +144,10 @@ class ConvolutionLayers(LayerRegistry):
         strides = conv_checks.window(strides, 2, "strides", with_batch=True)
         if dilations is not None:
             dilations = conv_checks.window(dilations, 2, "dilations", with_batch=True)
-        conv_checks.check_shapes(
-            key, 4, "[height, width, c_in, c_out]", inputs, outputs
-        )
+        layout = "[height, width, c_in, c_out]"
+        # Groups of channels are independent layers only to the diagonal.
+        grouped = name == approximations.APPROX_DIAGONAL_NAME and patch_mask is None
+        conv_checks.check_shapes(key, 4, layout, inputs, outputs, grouped)
         options = dict(
             params=key,
             padding=padding,

@@ -204,7 +204,6 @@ def _feature_axes(record: MatchRecord) -> int:
 
 
 def _conv2d(layer_collection, params, records, batch_size):
-    del layer_collection
     data = _common_data(params, records)
     if _rank(records[0].inputs) > 4:
         raise UnsupportedLayerError(
@@ -215,12 +214,25 @@ def _conv2d(layer_collection, params, records, batch_size):
     options = {"data_format": data["data_format"]}
     if "dilations" in data:
         options["dilations"] = data["dilations"]
+    if _is_grouped(records):
+        _single_use(params, records, batch_size)
+        if layer_collection._get_linked_approx(params) is None:
+            # Kronecker factors would mix the groups.
+            options["approx"] = "diagonal"
+        return [Registration("register_conv2d", args, options)]
     if len(records) == 1:
         uses = uses_lib.uses_of_images(records[0].inputs, batch_size)
         if uses.count == 1:
             return [Registration("register_conv2d", args, options)]
         options["num_uses"] = uses.count
     return [Registration("register_conv2d_multi", args, options)]
+
+
+def _is_grouped(records: Sequence[MatchRecord]) -> bool:
+    """Whether the filter sees a part of the channels at a time."""
+    seen = ensure_sequence(records[0].params)[0].shape.as_list()[-2]
+    channels = [record.inputs.shape.as_list()[-1] for record in records]
+    return any(None not in (n, seen) and n != seen for n in channels)
 
 
 def _conv1d(layer_collection, params, records, batch_size):
@@ -309,7 +321,8 @@ def _single_use(
     if sum(uses) > 1:
         raise UnsupportedLayerError(
             params,
-            f"used {sum(uses)} times; among the convolutions only 2-D ones can be",
+            f"used {sum(uses)} times; among the convolutions only 2-D ones without "
+            "groups can be",
         )
     return records[0]
 

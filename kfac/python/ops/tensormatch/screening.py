@@ -127,7 +127,8 @@ def _against_convolution(
         )
     channels = tf.compat.dimension_value(inputs.shape[-1])
     filter_channels = weights.shape.as_list()[-2]
-    if None not in (channels, filter_channels) and channels != filter_channels:
+    grouped = None not in (channels, filter_channels) and channels != filter_channels
+    if grouped and record.record_type is not RecordType.conv2d:
         return (
             f"{op.name!r} is a grouped convolution: its inputs have {channels} "
             f"channels, its filter {filter_channels}"
