@@ -73,6 +73,26 @@ def test_solves_to_the_tolerance_in_every_kind_of_graph(kind):
     np.testing.assert_allclose(residual, true_residual, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)]
+)
+def test_agrees_with_a_dense_solve_to_the_tolerance_in_both_precisions(
+    dtype, tolerance
+):
+    condition = 20.0
+    matrix, b = _spd(3, condition), _b()
+    parts = [part.astype(dtype) for part in _split(b)]
+    build = lambda: cg.solve(_product(matrix), parts, tolerance=tolerance)
+    x, _, residual = graph_kinds.Run(graph_kinds.FUNCTION, build)()
+    assert all(part.dtype == dtype for part in x)
+    assert residual <= tolerance
+    # The smallest eigenvalue is 1, so that |x - A^-1 b| is at most the residual's
+    # length; that of the recurrence is off by rounding, condition * eps.
+    error = np.linalg.norm(_joined(x) - np.linalg.solve(matrix, b))
+    slack = 10 * condition * np.finfo(dtype).eps
+    assert error <= (tolerance + slack) * np.linalg.norm(b)
+
+
 def test_iterates_are_those_of_tensorflows_own_for_one_vector():
     matrix, b = _spd(1, 30.0), _b()
     start = 0.7 * np.linalg.solve(matrix, b) + 0.01 * _b(8)  # Better than zero.
