@@ -12,6 +12,7 @@ import tensorflow as tf
 from kfac.python.keras.optimizers import Kfac
 from kfac.python.keras.traced import TracedKfac
 from kfac.python.ops import natural_gradient, report, utils
+from kfac.python.ops.fisher_factors import stored
 from kfac.python.ops.layer_collection import LayerCollection
 from kfac.python.ops.optimizer.update_steps import Pair, tensors_of, variables_of
 from kfac.python.ops.rules import quadratic_model, scalars
@@ -164,9 +165,14 @@ class TracedNaturalGradient(TracedKfac):
         sample = curvature.estimate_diagonal(_DIAGONAL_SAMPLES, seed)
         sample = self._average(sample, "diagonal")
         averages = self._diagonal_averages(variables)
-        decay = self._diagonal_decay
+        # A batch that is not finite would stay in the averages for ever.
+        good = tf.reduce_all([stored.all_finite(part) for part in sample])
+        decay = scalars.cast(self._diagonal_decay, sample[0].dtype)
+        decay = tf.where(good, decay, tf.ones_like(decay))
         updates = [
-            average.add_to_average(part, decay, 1.0 - decay)
+            average.add_to_average(
+                tf.where(good, part, tf.zeros_like(part)), decay, 1.0 - decay
+            )
             for average, part in zip(averages, sample, strict=True)
         ]
         with tf.control_dependencies(updates):

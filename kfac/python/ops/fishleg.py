@@ -107,7 +107,8 @@ class InverseFisher:
           num_steps: number of steps; an int, or an integer scalar.
 
         Returns:
-          An op that stores λ, and the last step's progress (before its update).
+          An op that stores λ, and the last step's progress (before its update). A step
+          whose progress is not finite is counted, but does not change λ.
         """
         initial = _Training(
             self._read(self._values),
@@ -187,7 +188,13 @@ class InverseFisher:
         )
         # 1/2 w' (F + δ I) w - u' w, where (F + δ I) w = r + u.
         loss = 0.5 * (utils.ip(w, r) - utils.ip(w, u))
-        return _Training(*packed, count), Progress(loss, tf.sqrt(utils.ip(r, r)))
+        progress = Progress(loss, tf.sqrt(utils.ip(r, r)))
+        # A batch that is not finite would stay in λ for ever.
+        good = tf.reduce_all([tf.math.is_finite(number) for number in progress])
+        kept = tf.nest.map_structure(
+            lambda new, old: tf.where(good, new, old), list(packed), list(training[:3])
+        )
+        return _Training(*kept, count), progress
 
     def _store(self, training: _Training) -> tf.Operation:
         variables = (self._values, self._first, self._second, self._count)

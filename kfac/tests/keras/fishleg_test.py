@@ -120,6 +120,22 @@ def test_updates_train_on_the_gradient_of_the_step_before():
         np.testing.assert_allclose(value, gradient, rtol=1e-4, atol=1e-7)
 
 
+def test_learning_goes_on_after_a_batch_that_is_not_finite():
+    x, y = cases.data()
+    bad = x.copy()
+    bad[3] = np.nan
+    model = cases.sequential()
+    optimizer = _make(model, adapt_damping=True, reject_bad_steps=True, invert_every=5)
+    model.train_on_batch(x, y)
+    before = cases.weights(model)
+    model.train_on_batch(bad, y)  # Is undone.
+    for one, other in zip(before, cases.weights(model), strict=True):
+        np.testing.assert_array_equal(one, other)
+    losses = cases.losses_of_fit(model, x, y, epochs=8)
+    assert np.isfinite(float(optimizer.auxiliary_residual))
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize(
     ("mode", "options"),
     [

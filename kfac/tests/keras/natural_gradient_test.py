@@ -129,6 +129,43 @@ def test_the_training_loss_falls(mode, options):
     assert history[-1] < 0.75 * history[0]
 
 
+@pytest.mark.parametrize("preconditioner", [None, "diagonal", "kfac"])
+def test_a_batch_that_is_not_finite_leaves_no_traces(preconditioner):
+    x, y = cases.data()
+    bad = x.copy()
+    bad[3] = np.nan
+    model = cases.sequential()
+    optimizer = _make(model, preconditioner=preconditioner)
+    model.train_on_batch(x, y)
+    before = cases.weights(model)
+    model.train_on_batch(bad, y)
+    # Momentum is all that moves the parameters: the solution of NaN is zero.
+    assert np.isfinite(_flat(cases.weights(model))).all()
+    assert int(optimizer.cg_iterations) == 0
+    losses = cases.losses_of_fit(model, x, y, epochs=6)
+    assert losses[-1] < losses[0]
+    assert int(optimizer.cg_iterations) > 0
+    assert oracle.relative_error(_flat(cases.weights(model)), _flat(before)) > 1e-2
+
+
+def test_all_products_of_a_step_see_the_same_dropout():
+    x, y = cases.data(cases=CASES)
+    with cases.dtype_policy("float64"):
+        model = keras.Sequential(
+            [
+                keras.Input((cases.FEATURES,)),
+                keras.layers.Dense(6, activation="tanh"),
+                keras.layers.Dropout(0.5, seed=1),
+                keras.layers.Dense(cases.CLASSES),
+            ]
+        )
+        optimizer = _make(model, cg_iterations=300, cg_tolerance=1e-9)
+        model.train_on_batch(x.astype(np.float64), y)
+    # Of a matrix that changed, the iteration would not find the inverse.
+    assert float(optimizer.cg_residual) <= 1e-9
+    assert int(optimizer.cg_iterations) < 300
+
+
 def test_there_is_nothing_to_report_before_the_first_step():
     optimizer = NaturalGradient(learning_rate=0.1, damping=0.1)
     assert optimizer.cg_iterations == 0

@@ -251,6 +251,26 @@ def test_a_side_that_is_too_long_has_a_diagonal_factor(monkeypatch):
     np.testing.assert_allclose(product, np.full([6, 3], 2.0))
 
 
+@pytest.mark.parametrize("part", ["direction", "product"])
+def test_a_step_that_is_not_finite_leaves_the_inverse_as_it_is(part):
+    def build():
+        built = fishleg_cases.build(fishleg_cases.DENSE)
+        u = built.random_direction(tf.constant(1, tf.int64))
+        spoilt = lambda vector: [np.nan * v for v in vector]
+        direction = lambda _: spoilt(u) if part == "direction" else u
+        multiply = built.curvature.multiply
+        product = (lambda w: spoilt(multiply(w))) if part == "product" else multiply
+        before = built.inverse.multiply(u)
+        op, progress = built.inverse.train(direction, product, num_steps=2)
+        with tf.control_dependencies([op, *before]):
+            return before, built.inverse.multiply(u), progress.residual
+
+    before, after, residual = graph_kinds.Run(graph_kinds.FUNCTION, build)()
+    assert np.isnan(residual)
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_scale_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="must be positive"):
         fishleg.InverseFisher([], initial_scale=0.0)
