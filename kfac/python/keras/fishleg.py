@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from kfac.python.keras import option_checks
 from kfac.python.keras.optimizers import Kfac
 from kfac.python.keras.traced import TracedKfac
 from kfac.python.ops import fishleg, layer_inverses, report, utils
@@ -214,23 +215,16 @@ class FishLeg(Kfac):
         Raises:
           ValueError: arguments are missing, unknown or contradict each other.
         """
-        for name, value in (
-            ("update_aux_every", update_aux_every),
-            ("warmup_steps", warmup_steps),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}.")
-        if not initial_scale > 0:
-            raise ValueError(f"initial_scale must be positive, got {initial_scale!r}.")
+        own = {
+            "update_aux_every": update_aux_every,
+            "aux_learning_rate": aux_learning_rate,
+            "warmup_steps": warmup_steps,
+            "initial_scale": initial_scale,
+        }
+        own = option_checks.checked_by(option_checks.FISHLEG, own)
         super().__init__(
             learning_rate=learning_rate, damping=damping, model=model, **kfac_kwargs
         )
-        own = {
-            "update_aux_every": int(update_aux_every),
-            "aux_learning_rate": float(aux_learning_rate),
-            "warmup_steps": int(warmup_steps),
-            "initial_scale": float(initial_scale),
-        }
         self._options = types.MappingProxyType({**self._options, **own})
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from kfac.python.keras import option_checks
 from kfac.python.keras.optimizers import Kfac
 from kfac.python.keras.traced import TracedKfac
 from kfac.python.ops import natural_gradient, report, utils
@@ -17,7 +18,6 @@ from kfac.python.ops.layer_collection import LayerCollection
 from kfac.python.ops.optimizer.update_steps import Pair, tensors_of, variables_of
 from kfac.python.ops.rules import quadratic_model, scalars
 
-PRECONDITIONERS = (None, "diagonal", "kfac")
 # Backward passes spent on the diagonal in a step; it is averaged over steps.
 _DIAGONAL_SAMPLES = 2
 _START_SLOT = "natural_gradient"
@@ -35,7 +35,7 @@ class TracedNaturalGradient(TracedKfac):
     Args:
       *args: of `TracedKfac`.
       curvature: one of `natural_gradient.MATRICES`.
-      preconditioner: of CG, one of `PRECONDITIONERS`.
+      preconditioner: of CG: None, "diagonal" or "kfac".
       cg_iterations: most iterations of a step.
       cg_tolerance: relative residual that ends the iteration.
       warm_start: whether to begin with the solution of the step before.
@@ -273,28 +273,19 @@ class NaturalGradient(Kfac):
         Raises:
           ValueError: arguments are missing, unknown or contradict each other.
         """
-        natural_gradient.check_matrix(curvature)
-        if preconditioner not in PRECONDITIONERS:
-            raise ValueError(
-                f"preconditioner={preconditioner!r}; expected one of "
-                f"{', '.join(map(repr, PRECONDITIONERS))}."
-            )
-        if cg_iterations < 1:
-            raise ValueError(f"cg_iterations must be at least 1, got {cg_iterations}.")
-        if not 0 <= cg_tolerance < 1:
-            raise ValueError(f"cg_tolerance must be in [0, 1), got {cg_tolerance}.")
+        own = {
+            "curvature": curvature,
+            "preconditioner": preconditioner,
+            "cg_iterations": cg_iterations,
+            "cg_tolerance": cg_tolerance,
+            "warm_start": warm_start,
+        }
+        own = option_checks.checked_by(option_checks.NATURAL_GRADIENT, own)
         if not kfac_kwargs.get("adaptive"):
             kfac_kwargs.setdefault("momentum_type", "regular")
         super().__init__(
             learning_rate=learning_rate, damping=damping, model=model, **kfac_kwargs
         )
-        own = {
-            "curvature": curvature,
-            "preconditioner": preconditioner,
-            "cg_iterations": int(cg_iterations),
-            "cg_tolerance": float(cg_tolerance),
-            "warm_start": bool(warm_start),
-        }
         self._options = types.MappingProxyType({**self._options, **own})
 
     @property

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from kfac.python.keras.private_keras import KerasVariable
-from kfac.python.ops import signals
+from kfac.python.ops import natural_gradient, signals
 from kfac.python.ops.optimizer import arguments as graph_arguments
 
 PLACEMENT_STRATEGIES = ("round_robin", "replica_round_robin")
@@ -198,6 +198,34 @@ OTHERS: dict[str, Kind] = {
         Kind("an integer that counts steps, from 2", _count(2))
     ),
 }
+
+
+# What the relatives of `Kfac` have besides.
+NATURAL_GRADIENT: dict[str, Kind] = {
+    "curvature": _choice(natural_gradient.MATRICES),
+    "preconditioner": _or_none(_choice(("diagonal", "kfac"))),
+    "cg_iterations": Kind("an integer that counts iterations, from 1", _count(1)),
+    "cg_tolerance": Kind(
+        "a number in [0, 1)",
+        lambda value: number(value, most=np.nextafter(1.0, 0.0)),
+    ),
+    "warm_start": _TRUTH,
+}
+FISHLEG: dict[str, Kind] = {
+    "update_aux_every": _PERIOD,
+    "aux_learning_rate": _POSITIVE,
+    "warmup_steps": _PERIOD,
+    "initial_scale": _POSITIVE,
+}
+
+
+def checked_by(kinds: Mapping[str, Kind], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as plain values.
+
+    Raises:
+      ValueError: one has a value that makes no sense.
+    """
+    return {name: _plain(name, value, kinds[name]) for name, value in options.items()}
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -231,9 +231,12 @@ def test_the_configuration_makes_an_equal_optimizer():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"update_aux_every": 0}, "update_aux_every must be at least 1"),
-        ({"warmup_steps": 0}, "warmup_steps must be at least 1"),
-        ({"initial_scale": 0.0}, "initial_scale must be positive"),
+        ({"update_aux_every": 0}, "update_aux_every must be an integer"),
+        ({"update_aux_every": 1.5}, "update_aux_every must be an integer"),
+        ({"warmup_steps": 0}, "warmup_steps must be an integer"),
+        ({"aux_learning_rate": -1e-3}, "aux_learning_rate must be .* above 0"),
+        ({"initial_scale": 0.0}, "initial_scale must be .* above 0"),
+        ({"initial_scale": "1"}, "initial_scale must be .* above 0"),
         ({"damping": None}, "needs a damping"),
     ],
 )

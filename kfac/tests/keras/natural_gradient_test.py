@@ -228,10 +228,14 @@ def test_the_configuration_makes_an_equal_optimizer():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"curvature": "hessian"}, "Unknown curvature matrix 'hessian'"),
-        ({"preconditioner": "jacobi"}, "preconditioner='jacobi'"),
-        ({"cg_iterations": 0}, "cg_iterations must be at least 1"),
-        ({"cg_tolerance": 1.0}, "cg_tolerance must be in"),
+        ({"curvature": "hessian"}, "curvature must be one of .*got 'hessian'"),
+        ({"preconditioner": "jacobi"}, "preconditioner must be .*got 'jacobi'"),
+        ({"preconditioner": False}, "preconditioner must be"),
+        ({"cg_iterations": 0}, "cg_iterations must be an integer"),
+        ({"cg_iterations": 2.5}, "cg_iterations must be an integer"),
+        ({"cg_tolerance": 1.0}, "cg_tolerance must be a number in"),
+        ({"cg_tolerance": np.nan}, "cg_tolerance must be a number in"),
+        ({"warm_start": "no"}, "warm_start must be True or False"),
         ({"damping": None}, "needs a damping"),
         ({"cg_steps": 3}, "unknown arguments"),
     ],
