@@ -214,8 +214,7 @@ class ConvolutionLayers(LayerRegistry):
         rank = len(sizes) - 2
         either = dict(with_batch=True, without=True)
         if strides is not None:
-            conv_checks.check_padding(padding)
-        strides = conv_checks.window(strides, rank, "strides", **either)
+            strides = conv_checks.window(strides, rank, "strides", **either)
         if dilation_rate is not None:
             dilation_rate = conv_checks.window(
                 dilation_rate, rank, "dilation_rate", **either
