@@ -109,7 +109,7 @@ class Registrar:
                 ask_for(collection, layer, approximation, variables)
         collection.auto_register_layers(variables, batch_size=batch_size)
         collection.check_preferences()
-        in_float32 = _Float32()
+        in_float32 = deferred.AtLeastFloat32()
         for block in collection.get_blocks():
             block.use_sub_batch(in_float32, lambda size: size)
 
@@ -128,28 +128,6 @@ _REGISTER = {
     losses.BERNOULLI: LayerCollection.register_multi_bernoulli_predictive_distribution,
     losses.SQUARED_ERROR: LayerCollection.register_squared_error_loss,
 }
-
-
-class _Float32:
-    """Tensors in at least single precision; equal arguments give identical results."""
-
-    def __init__(self):
-        # Keeps what was asked for, since the key is its id.
-        self._made: dict[int, tuple[Any, Any]] = {}
-
-    def __call__(self, tensor: Any) -> Any:
-        if tensor.dtype not in (tf.float16, tf.bfloat16):
-            return tensor
-        if id(tensor) not in self._made:
-            cast = deferred.DeferredTensor(
-                lambda: tf.cast(tensor, tf.float32),
-                shape=tensor.shape,
-                dtype=tf.float32,
-                name=tensor.name,
-                device=tensor.device,
-            )
-            self._made[id(tensor)] = (tensor, cast)
-        return self._made[id(tensor)][1]
 
 
 def layers_with_weights(model: Any) -> Iterator[Any]:

@@ -81,6 +81,35 @@ class DeferredTensor:
         return f"DeferredTensor({self.name!r}, {self.shape}, {self.dtype.name})"
 
 
+class AtLeastFloat32:
+    """Casts half-precision tensors, when they are used; others are left as they are.
+
+    Second moments overflow in float16 and lose what matters in bfloat16, and there
+    are no factorisations of such matrices.  The same argument gives the identical
+    result, so that factors are shared.
+    """
+
+    HALF = (tf.float16, tf.bfloat16)
+
+    def __init__(self):
+        # Keeps what was asked for, since the key is its id.
+        self._made: dict[int, tuple[Any, DeferredTensor]] = {}
+
+    def __call__(self, tensor: Any) -> Any:
+        if tensor.dtype not in self.HALF:
+            return tensor
+        if id(tensor) not in self._made:
+            cast = DeferredTensor(
+                lambda: tf.cast(tf.convert_to_tensor(tensor), tf.float32),
+                shape=tensor.shape,
+                dtype=tf.float32,
+                name=tensor.name,
+                device=tensor.device,
+            )
+            self._made[id(tensor)] = (tensor, cast)
+        return self._made[id(tensor)][1]
+
+
 def _to_tensor(value, dtype=None, name=None, as_ref=False):
     del as_ref  # Required by the conversion protocol.
     if dtype is not None and not dtype.is_compatible_with(value.dtype):

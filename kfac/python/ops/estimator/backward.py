@@ -88,8 +88,8 @@ class BackwardPass:
     def _leaf(self, source: int, position: int) -> deferred.DeferredTensor:
         of = self._flat_wrt[position]
         dtype = of.dtype.base_dtype
-        if dtype in (tf.float16, tf.bfloat16):
-            dtype = tf.float32  # Second moments overflow, or lose what matters.
+        if dtype in deferred.AtLeastFloat32.HALF:
+            dtype = tf.float32
         return deferred.DeferredTensor(
             lambda: tf.cast(self._sources.get()[source][position], dtype),
             shape=of.shape if self._part is None else self._part.static_shape(of),

@@ -312,9 +312,9 @@ class FisherEstimator(abc.ABC):
         self, backward_pass: backward.BackwardPass, part: sub_batch.SubBatch | None
     ) -> None:
         grads_lists = backward_pass.grads_lists()
+        in_float32 = deferred.AtLeastFloat32()
         for block, grads_list in zip(self.blocks, grads_lists, strict=True):
-            if part is not None:
-                block.use_sub_batch(part.deferred, part.count)
+            covariances.map_inputs(block, part, in_float32)
             block.instantiate_factors(grads_list, self._damping)
         for block in self.blocks:
             for exp in self._exps:

@@ -8,8 +8,24 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from kfac.python.ops import utils
+from kfac.python.ops import deferred, utils
 from kfac.python.ops.rules import scalars
+
+
+def map_inputs(block: Any, part: Any, in_float32: deferred.AtLeastFloat32) -> None:
+    """Lets a block take its layer's inputs on a part of the batch, in single precision.
+
+    Args:
+      block: whose factors are about to be made.
+      part: `SubBatch`, or None for the whole batch.
+      in_float32: shared by all blocks.
+    """
+    if part is not None:
+        block.use_sub_batch(lambda t: in_float32(part.deferred(t)), part.count)
+        return
+    inputs = tf.nest.flatten(getattr(block, "_inputs", ()))
+    if any(tensor.dtype in deferred.AtLeastFloat32.HALF for tensor in inputs):
+        block.use_sub_batch(in_float32, lambda size: size)
 
 
 def decay_and_weight(
