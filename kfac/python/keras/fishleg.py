@@ -84,33 +84,31 @@ class TracedFishLeg(TracedKfac):
             self._layers.check_strict()
         self._make_inverse()
         variables = self._inverse.variables
-        part = self._head(self._cov_batch_fraction)
+        size = self._batch_size
         curvature = DampedCurvature(
             self._layers,
             variables,
             damping=scalars.cast(self._fisher_est.damping, variables[0].dtype),
-            num_cases=part.size(),
+            num_cases=size,
         )
 
         def sampled(step):
-            return curvature.sample_gradient(
-                tf.stack([self._sample_seed, tf.cast(step, tf.int32)])
-            )
+            return curvature.sample_gradient(self._seed_of(step))
 
         previous = [slot.read_value() for slot in self._previous_gradients(variables)]
         before_first = tf.equal(self.counter, 0)
         run_if(
             before_first,
-            lambda: self._train_inverse(sampled, curvature, self._warmup_steps),
+            lambda: self._train_inverse(sampled, curvature, self._warmup_steps, size),
         )
         run_if(
             tf.logical_not(before_first),
-            lambda: self._train_inverse(lambda _: previous, curvature, 1),
+            lambda: self._train_inverse(lambda _: previous, curvature, 1, size),
         )
         return []
 
     def _train_inverse(
-        self, direction: Any, curvature: DampedCurvature, num_steps: int
+        self, direction: Any, curvature: DampedCurvature, num_steps: int, size: Any
     ) -> list[Any]:
         """Ops that train Q on the replica's cases, store the mean and report."""
         op, progress = self._inverse.train(
@@ -118,10 +116,11 @@ class TracedFishLeg(TracedKfac):
             curvature.multiply,
             learning_rate=self._aux_learning_rate,
             num_steps=num_steps,
+            weight=size if tf.is_tensor(size) else None,
         )
         reports = [self._last_loss, self._last_residual]
         return [op] + [
-            utils.smart_assign(report, value, force_cast=True)
+            utils.smart_assign(report, value, force_cast=True, force_sync=False)
             for report, value in zip(reports, progress, strict=True)
         ]
 

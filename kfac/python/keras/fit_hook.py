@@ -18,6 +18,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from kfac.python.keras import private_keras
+
 
 class FitHook:
     """Looks after the training function of one model for one `Kfac`.
@@ -45,6 +47,7 @@ class FitHook:
                     function = model.train_function
                     model.train_function = lambda data: self._run(model, function, data)
             if self._trains(model):
+                private_keras.watch_all_replicas(model.optimizer)
                 self._optimizer.build_for(model)
             return model.train_function
 

@@ -161,7 +161,7 @@ class TracedNaturalGradient(TracedKfac):
             return natural_gradient.estimator_preconditioner(
                 self._fisher_est, variables
             )
-        seed = tf.stack([self._sample_seed, tf.cast(self.counter, tf.int32)])
+        seed = self._seed_of(self.counter)
         sample = curvature.estimate_diagonal(_DIAGONAL_SAMPLES, seed)
         sample = self._average(sample, "diagonal")
         averages = self._diagonal_averages(variables)

@@ -13,6 +13,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from kfac.python.ops import utils
+
 # The class of all Keras variables. Up to Keras 3.6 `keras.Variable` itself is a
 # subclass of what layers make, so that `isinstance` misses theirs.
 KerasVariable = next(
@@ -25,28 +27,64 @@ KerasVariable = next(
 class OptimizerHooks(keras.optimizers.Optimizer):
     """The steps of Keras' optimizer that have to be replaced as a whole.
 
-    Subclasses implement `take_step`.
+    Subclasses implement `averaged` and `take_step`.
     """
+
+    def averaged(self, grads: list) -> list:
+        """Gradients of the mean loss of all replicas' cases."""
+        raise NotImplementedError
 
     def take_step(self, grads: list, variables: list) -> None:
         """Moves `variables` (Keras or TensorFlow ones); no gradient is None."""
         raise NotImplementedError
 
-    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+    def _backend_apply_gradients(self, grads, trainable_variables):
         # The public hook, `update_step`, sees one variable at a time: preconditioning,
-        # clipping and the quadratic model need all gradients together.
-        del learning_rate
-        self.take_step(list(grads), list(trainable_variables))
+        # clipping and the quadratic model need all gradients together.  Also, mirrored
+        # replicas cannot meet inside of the branches that Keras builds.
+        grads = self.averaged(list(grads))
+        if self.gradient_accumulation_steps:
+            self._accumulate(grads, list(trainable_variables))
+        else:
+            self.take_step(grads, list(trainable_variables))
+        if self.use_ema:
+            self._update_model_variables_moving_average(self._trainable_variables)
+        if self.use_ema and self.ema_overwrite_frequency:
+            utils.smart_cond(
+                tf.equal((self.iterations + 1) % self.ema_overwrite_frequency, 0),
+                lambda: _assign_all(*zip(*self.averages(), strict=True)),
+                lambda: None,
+            )
 
-    def _apply_weight_decay(self, variables):
-        # Keras decays before its step. `decay_weights` does it inside of ours, after
-        # the statistics, so that gradient and statistics are of the same weights and
-        # burn-in changes nothing.
-        del variables
+    def _accumulate(self, grads: list, variables: list) -> None:
+        """Adds to the sums of gradients, or takes a step with their mean."""
+        steps = self.gradient_accumulation_steps
+        sums = [
+            self._accumulated_gradients[self._get_variable_index(v)] for v in variables
+        ]
+        totals = [
+            tf.convert_to_tensor(g) + total.value
+            for g, total in zip(grads, sums, strict=True)
+        ]
+
+        def step():
+            self.take_step([total / steps for total in totals], variables)
+            _assign_all(sums, [tf.zeros_like(total) for total in totals])
+
+        utils.smart_cond(
+            tf.equal((self._iterations + 1) % steps, 0),
+            step,
+            lambda: _assign_all(sums, totals),
+        )
 
     def decay_weights(self, variables: Sequence[Any]) -> None:
-        """Keras' decoupled weight decay of those variables that are not excluded."""
-        super()._apply_weight_decay(variables)
+        """Keras' decoupled weight decay of those variables that are not excluded.
+
+        Keras decays before its step.  Here it is for the step to call, after the
+        statistics, so that gradient and statistics are of the same weights and burn-in
+        changes nothing.
+        """
+        self._apply_weight_decay(variables)
 
     def is_known(self, variable: Any) -> bool:
         """Whether `build` has seen the variable."""
@@ -103,6 +141,34 @@ class OptimizerHooks(keras.optimizers.Optimizer):
     def step_count(self) -> Any:
         """The variable behind `iterations`, which is derived under accumulation."""
         return self._iterations
+
+
+def watch_all_replicas(optimizer: Any) -> None:
+    """Lets a `LossScaleOptimizer` skip steps that overflow on any of the replicas.
+
+    Keras asks the first replica alone, since it takes gradients to be summed already,
+    which they are later.
+    """
+    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return
+    check = optimizer.check_finite
+    if getattr(check, "asks_all_replicas", False):
+        return
+
+    def check_finite(grads):
+        count = utils.all_sum(tf.cast(check(grads), tf.float32), "finite")
+        return tf.equal(count, float(utils.get_num_replicas()))
+
+    check_finite.asks_all_replicas = True
+    optimizer.check_finite = check_finite
+
+
+def _assign_all(variables: Sequence[Any], values: Sequence[Any]) -> None:
+    """Assigns what is equal on all replicas to Keras variables."""
+    for variable, value in zip(variables, values, strict=True):
+        utils.smart_assign(
+            variable.value, tf.convert_to_tensor(value), force_sync=False
+        )
 
 
 def logits_of(output: Any) -> tf.Tensor | None:

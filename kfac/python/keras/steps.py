@@ -212,19 +212,32 @@ class StepsMixin:
 
     # ------------------------------------------------------------ the step
 
-    def take_step(self, grads: list, variables: list) -> None:
-        """Builds a step in the current graph; executes one eagerly."""
-        batch = self._working.batch.as_tensors()
-        grads = _averaged_over_replicas(grads, batch)
-        if not tf.executing_eagerly():
-            self._update(grads, variables, batch)
-            return
-        if utils.is_in_replica():
+    def averaged(self, grads: list) -> list:
+        """Gradients of the mean loss of all cases.
+
+        Keras divides a replica's loss by the number of replicas.
+
+        Raises:
+          ValueError: replicas are executed eagerly.
+        """
+        if not utils.is_in_replica():
+            return grads
+        if tf.executing_eagerly():
             raise ValueError(
                 "Under a tf.distribute strategy Kfac's step has to be traced, because "
                 "replicas meet inside of it: use compile(run_eagerly=False), or call "
                 "strategy.run in a tf.function."
             )
+        means = [utils.get_num_replicas() * tf.convert_to_tensor(g) for g in grads]
+        size = self._working.batch.as_tensors().size()
+        return utils.all_average(means, "gradients", size)
+
+    def take_step(self, grads: list, variables: list) -> None:
+        """Builds a step in the current graph; executes one eagerly."""
+        batch = self._working.batch.as_tensors()
+        if not tf.executing_eagerly():
+            self._update(grads, variables, batch)
+            return
         updates = self._working.eager_updates
         # The loss is kept, since the key has its id.
         loss = self._working.model.declared_loss
@@ -252,7 +265,7 @@ class StepsMixin:
                 self._make_traced([variables[i] for i in kept], batch).burn_in()
                 self.forget_step()
 
-        tf.cond(
+        utils.smart_cond(
             count < self._options["num_burnin_steps"],
             burn_in,
             lambda: self._train(grads, variables, batch),
@@ -420,17 +433,6 @@ class StepsMixin:
 
 def _key(variables: Sequence[Any]) -> tuple:
     return tuple(id(models.tf_variable(variable)) for variable in variables)
-
-
-def _averaged_over_replicas(grads: list, batch: batches.Batch) -> list:
-    """Gradients of the mean loss of all cases.
-
-    Keras divides a replica's loss by the number of replicas.
-    """
-    if not utils.is_in_replica():
-        return grads
-    means = [utils.get_num_replicas() * tf.convert_to_tensor(g) for g in grads]
-    return utils.all_average(means, "gradients", batch.size())
 
 
 def _on_pairs(loss_fn: Callable) -> Callable:

@@ -31,6 +31,7 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
       cov_batch_fraction: part of the batch for the statistics.
       sample_seed: int32 scalar; sampled targets depend on it and on the counter alone.
       strict: refuse variables without a Kronecker-factored or exact block.
+      num_burnin_steps: for reports.
       **kwargs: of `PeriodicInvCovUpdateKfacOpt`, without the layer collection.
 
     Attributes:
@@ -47,6 +48,7 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         cov_batch_fraction: float,
         sample_seed: Any,
         strict: bool,
+        num_burnin_steps: int = 0,
         **kwargs: Any,
     ):
         super().__init__(
@@ -61,6 +63,8 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         self._cov_batch_fraction = cov_batch_fraction
         self._sample_seed = sample_seed
         self._strict = strict
+        # Whoever builds the step decides which kind, see `burn_in`.
+        self._num_burnin_steps = num_burnin_steps
         self.outputs: Any = None
         self.gradients: Sequence[Any] = ()
 
@@ -71,16 +75,20 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
         part = self._head(self._cov_batch_fraction).of_unknown_size()
         self._layers.move_to_graph(tf.compat.v1.get_default_graph())
         self.outputs = self._model(part.x)
-        # Both words of a stateless seed: the user's, and the step's.
-        steps = self.counter + self._burnin_counter.read_value()
-        # Replicas, whose cases differ, draw different targets.
-        own_seed = self._sample_seed + tf.cast(utils.get_replica_id(), tf.int32)
-        seed = tf.stack([own_seed, tf.cast(steps, tf.int32)])
+        seed = self._seed_of(self.counter + self._burnin_counter.read_value())
         self._registrar.register_losses(self._layers, self.outputs, part, seed)
         self._registrar.register_layers(
             self._layers, self.registered_variables, part.size()
         )
         return self._layers
+
+    def _seed_of(self, step: Any) -> tf.Tensor:
+        """Both words of a stateless seed: the user's, and the step's.
+
+        Replicas, whose cases differ, draw different numbers.
+        """
+        own_seed = self._sample_seed + tf.cast(utils.get_replica_id(), tf.int32)
+        return tf.stack([own_seed, tf.cast(step, tf.int32)])
 
     def create_state(self) -> list[report.Row]:
         """Makes all variables once registered; returns how parameters are covered."""
@@ -130,6 +138,11 @@ class TracedKfac(periodic_inv_cov_update_kfac_opt.PeriodicInvCovUpdateKfacOpt):
     def mean_loss(self, batch: Batch) -> tf.Tensor:
         """The loss that damping is adapted by: that of all replicas' cases."""
         return self._average(self._loss_fn(batch), "loss")
+
+    def _average(self, values: Any, name: str) -> Any:
+        # Replicas count by all of their cases, not by those of the statistics.
+        size = _size_of(self._batch)
+        return utils.all_average(values, name, size if tf.is_tensor(size) else None)
 
     def raise_damping(self) -> Any:
         """Op that makes the adapted damping larger by one adaptation."""

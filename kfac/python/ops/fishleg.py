@@ -96,8 +96,11 @@ class InverseFisher:
         *,
         learning_rate: Any = 1e-3,
         num_steps: Any = 1,
+        weight: Any = None,
     ) -> tuple[tf.Operation, Progress]:
         """Takes Adam steps on the auxiliary loss.
+
+        Replicas take them apart from each other; λ and the progress become means.
 
         Args:
           direction: step -> u of any length, not zero.  The step, an int64 scalar,
@@ -105,6 +108,7 @@ class InverseFisher:
           product: `w -> (F + δ I) w`.
           learning_rate: of Adam.
           num_steps: number of steps; an int, or an integer scalar.
+          weight: how much this replica counts, see `utils.all_average`.
 
         Returns:
           An op that stores λ, and the last step's progress (before its update). A step
@@ -134,7 +138,10 @@ class InverseFisher:
                 (tf.constant(0), initial, nothing),
                 parallel_iterations=1,
             )
-        return self._store(after), progress
+        *means, progress = utils.all_average(
+            [*after[:3], progress], "learned inverse", weight
+        )
+        return self._store(_Training(*means, after.count)), progress
 
     def residual(
         self, vector: Sequence[Any], product: Callable[[Vector], Vector]
@@ -200,7 +207,8 @@ class InverseFisher:
         variables = (self._values, self._first, self._second, self._count)
         return tf.group(
             *(
-                utils.smart_assign(variable, value)
+                # Equal on all replicas.
+                utils.smart_assign(variable, value, force_sync=False)
                 for variable, value in zip(
                     tf.nest.flatten(variables), tf.nest.flatten(training), strict=True
                 )
