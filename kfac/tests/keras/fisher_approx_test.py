@@ -125,7 +125,7 @@ def test_a_layer_of_several_groups_has_it_where_they_can(
 @pytest.mark.parametrize(
     ("layer", "shape", "approximation", "fragment"),
     [
-        (layers.Conv2DTranspose, (3, 3, 2), "ekfac", "own/kernel can have"),
+        (layers.Conv2DTranspose, (3, 3, 2), "ekfac", "own/kernel, own/bias can have"),
         (layers.Dense, (3, 2), "diagonal", "kron_series_1"),
         (layers.LayerNormalization, (3, 2), "ekfac", r"\['diagonal', 'full'\]"),
         (layers.BatchNormalization, (3, 2), "ekfac", r"\['diagonal', 'full'\]"),

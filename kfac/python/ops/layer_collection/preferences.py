@@ -24,7 +24,8 @@ class _Preference:
     variables: Sequence[Any]
     approximation: str
     is_met: bool = False
-    refusals: list[str] = dataclasses.field(default_factory=list)
+    # What a family has -> names of its groups.
+    refusals: dict[tuple[str, ...], list[str]] = dataclasses.field(default_factory=dict)
 
     def covers(self, params: Any) -> bool:
         """Whether all of the group's members are among the variables."""
@@ -58,9 +59,8 @@ class Preferences:
         if name in table:
             preference.is_met = True
             return name
-        preference.refusals.append(
-            f"{checks.parameter_name(params)} can have {sorted(table)}"
-        )
+        groups = preference.refusals.setdefault(tuple(sorted(table)), [])
+        groups.append(checks.parameter_name(params))
         return None
 
     def check(self) -> None:
@@ -70,15 +70,16 @@ class Preferences:
           ArgumentError: as said, with what the groups can have.
         """
         problems = [
-            f"{preference.approximation!r} is asked for "
-            f"{checks.parameter_name(tuple(preference.variables))}, but "
-            + "; ".join(preference.refusals)
+            f"Bad value {preference.approximation!r}: {', '.join(groups)} can have one "
+            f"of {list(names)}."
             for preference in self._preferences
-            if preference.refusals and not preference.is_met
+            if not preference.is_met
+            for names, groups in preference.refusals.items()
         ]
         if problems:
             raise errors.ArgumentError(
-                "Bad value of an approximation: " + "\n  ".join(problems) + "."
+                "An approximation is asked for that a layer cannot have:\n  "
+                + "\n  ".join(problems)
             )
 
     def _of(self, params: Any) -> _Preference | None:
