@@ -27,8 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pathlib
-import shutil
 import sys
 import threading
 import time
@@ -38,6 +36,7 @@ from typing import Any
 import tensorflow as tf
 
 from kfac.python.keras import strategies
+from kfac.python.keras.models import tf_variable
 from kfac.python.ops import utils
 
 Scalars = Mapping[str, float]
@@ -84,14 +83,17 @@ class DistributedLoop:
           patience: seconds without a completed step after which the process is ended,
             with a message, whatever it waits for.
 
+        What a checkpoint holds, hyper-parameters that are state (learning rate,
+        damping, ...) included, takes the place of what the optimizer was made with.
+        To change one, assign it after this.
+
         Raises:
-          ValueError: the model has no variables yet.
+          ValueError: model or optimizer are none, or were made without the strategy;
+            the directory is a file; its checkpoint is of another model or optimizer.
         """
-        if not model.trainable_variables:
-            raise ValueError(
-                "DistributedLoop needs a built model: give it an Input, or call "
-                "model.build(input_shape) under strategy.scope()."
-            )
+        _check_made_for(strategy, model, optimizer)
+        if not patience > 0:
+            raise ValueError(f"patience is {patience!r}; expected seconds.")
         self._strategy = strategy
         self._model = model
         self._optimizer = optimizer
@@ -107,7 +109,7 @@ class DistributedLoop:
         )
         self._manager: tf.train.CheckpointManager | None = None
         if directory is not None:
-            self._open(pathlib.Path(directory), keep)
+            self._open(os.fspath(directory), keep)
 
     # ------------------------------------------------------------ training
 
@@ -137,32 +139,44 @@ class DistributedLoop:
         Returns:
           The scalars of the last step, and of the last evaluation.
 
+        If all steps were taken before, there is an evaluation and nothing else.
+
         Raises:
           PeerLostError: another worker did not take part.
-          ValueError: the data ended before the last step.
+          ValueError: the data ended before the last step, or nonsense arguments.
         """
+        _check_run(dataset, checkpoint_every, evaluate_every, report_every)
+        if checkpoint_every is not None and self._manager is None:
+            raise ValueError(
+                f"checkpoint_every={checkpoint_every}, but DistributedLoop was made "
+                "without a directory to keep checkpoints in."
+            )
         report = report or _print_report
         scalars: dict[str, float] = {}
         with _Watchdog(self._patience, self._where) as watchdog:
             try:
-                batches = self._batches(dataset)
-                for step in range(int(self.step.numpy()), steps):
+                taken = int(self.step.numpy())
+                if taken >= steps and evaluate:
+                    scalars |= evaluate()
+                    if self._is_chief:
+                        report(taken, dict(scalars))
+                batches = self._batches(dataset, taken)
+                for step in range(taken, steps):
                     values = self._train(batches)
                     self.step.assign_add(1)
                     watchdog.pat()
                     done, last = step + 1, step + 1 == steps
-                    due = last or done % report_every == 0
-                    if due:
-                        scalars |= self._as_floats(values)
-                    if evaluate and (last or _is_due(done, evaluate_every)):
-                        scalars |= evaluate()
-                        due = True
-                    if due and self._is_chief:
-                        report(done, dict(scalars))
+                    measures = evaluate and (last or _is_due(done, evaluate_every))
+                    if measures or last or _is_due(done, report_every):
+                        found = self._as_floats(values)
+                        found |= evaluate() if measures else {}
+                        scalars |= found
+                        if self._is_chief:
+                            report(done, found)
                     if last or _is_due(done, checkpoint_every):
                         self.save()
                     watchdog.pat()
-                self._meet()
+                self.wait_for_all()
             except tf.errors.OutOfRangeError:
                 raise ValueError(
                     f"The data ended {self._where()} of {steps}; repeat the data set."
@@ -178,8 +192,7 @@ class DistributedLoop:
                 ) from error
         return scalars
 
-    def _batches(self, dataset: Any) -> Any:
-        taken = int(self.step.numpy())
+    def _batches(self, dataset: Any, taken: int) -> Any:
         rest = dataset(taken) if callable(dataset) else dataset.skip(taken)
         return iter(self._distributed(rest))
 
@@ -206,8 +219,7 @@ class DistributedLoop:
 
         # Drawn here, so that one trace serves batches of all sizes.
         values = self._strategy.run(step, args=(batches.get_next(),))
-        first = lambda value: self._strategy.experimental_local_results(value)[0]
-        return {name: first(value) for name, value in values.items()}
+        return {name: self._first(value) for name, value in values.items()}
 
     # ------------------------------------------------------------ evaluation
 
@@ -220,6 +232,9 @@ class DistributedLoop:
           dataset: batches `(x, y)` of all replicas together, of any sizes.
           scores: name -> function of `(y, outputs)`, which gives a number for each
             case.
+
+        Raises:
+          ValueError: there are no cases, or a score is one number for all of them.
         """
         evaluate = self._evaluators.setdefault(
             tuple(scores.items()),
@@ -231,7 +246,10 @@ class DistributedLoop:
             while True:
                 for name, value in evaluate(batches).items():
                     totals[name] += float(value)
-        return {name: totals[name] / totals["cases"] for name in scores}
+        cases = totals.pop("cases")
+        if not cases:
+            raise ValueError("There is nothing to evaluate: the data set is empty.")
+        return {name: total / cases for name, total in totals.items()}
 
     def _evaluate_step(
         self, batches: Any, scores: Mapping[str, Callable]
@@ -239,16 +257,20 @@ class DistributedLoop:
         def sums(batch):
             x, y = batch[:2]
             outputs = self._model(x, training=False)
-            found = {"cases": tf.cast(tf.shape(outputs)[0], tf.float32)}
+            cases = tf.shape(tf.nest.flatten(outputs)[0])[0]
+            found = {"cases": tf.cast(cases, tf.float32)}
             for name, score in scores.items():
-                found[name] = tf.reduce_sum(tf.cast(score(y, outputs), tf.float32))
-            return found
+                values = tf.convert_to_tensor(score(y, outputs))
+                if values.shape.rank == 0:
+                    raise ValueError(
+                        f"The score {name!r} is one number for all cases; expected one "
+                        "for each (of a Keras loss: reduction='none')."
+                    )
+                found[name] = tf.reduce_sum(tf.cast(values, tf.float32))
+            return utils.all_sum(found, "evaluation")
 
         found = self._strategy.run(sums, args=(batches.get_next(),))
-        return {
-            name: self._strategy.reduce("SUM", value, axis=None)
-            for name, value in found.items()
-        }
+        return {name: self._first(value) for name, value in found.items()}
 
     # ------------------------------------------------------------ checkpoints
 
@@ -259,24 +281,36 @@ class DistributedLoop:
         path = self._manager.save(checkpoint_number=int(self.step.numpy()))
         if not self._is_chief:
             # All have to take part, but one copy is enough.
-            shutil.rmtree(self._manager.directory, ignore_errors=True)
+            tf.io.gfile.rmtree(self._manager.directory)
         return path
 
-    def _open(self, directory: pathlib.Path, keep: int) -> None:
+    def _open(self, directory: str, keep: int) -> None:
+        if tf.io.gfile.exists(directory) and not tf.io.gfile.isdir(directory):
+            raise ValueError(
+                f"Checkpoints are kept in a directory, but {directory!r} is a file."
+            )
         checkpoint = tf.train.Checkpoint(
             step=self.step, model=self._model, optimizer=self._optimizer
         )
         last = tf.train.latest_checkpoint(directory)
         if last is not None:
-            checkpoint.restore(last).assert_existing_objects_matched()
+            try:
+                checkpoint.restore(last).assert_existing_objects_matched()
+            except (AssertionError, ValueError, tf.errors.OpError) as error:
+                raise ValueError(
+                    f"The checkpoint {last!r} does not fit this model and optimizer. "
+                    "Make them as they were made when it was written, or give another "
+                    f"directory. TensorFlow says: {str(error).splitlines()[0][:300]}"
+                ) from error
         own = directory
         if not self._is_chief:
             resolver = self._strategy.cluster_resolver
-            own = directory / f".worker_{resolver.task_type}_{resolver.task_id}"
-        self._manager = tf.train.CheckpointManager(checkpoint, str(own), keep)
+            name = f".worker_{resolver.task_type}_{resolver.task_id}"
+            own = os.path.join(directory, name)
+        self._manager = tf.train.CheckpointManager(checkpoint, own, keep)
         self._directory = directory
 
-    def _meet(self) -> None:
+    def wait_for_all(self) -> None:
         """Waits for all workers: one that ends early looks dead to the others."""
         if strategies.is_multi_worker(self._strategy):
             self._rendezvous()
@@ -288,6 +322,9 @@ class DistributedLoop:
         return "the start, since there is no checkpoint yet" if last is None else last
 
     # ------------------------------------------------------------ helpers
+
+    def _first(self, value: Any) -> tf.Tensor:
+        return self._strategy.experimental_local_results(value)[0]
 
     def _as_floats(self, values: Mapping[str, tf.Tensor]) -> dict[str, float]:
         return {name: float(value) for name, value in values.items()}
@@ -338,6 +375,42 @@ class _Watchdog:
                 flush=True,
             )
             os._exit(_EXIT_CODE)
+
+
+def _check_made_for(strategy: Any, model: Any, optimizer: Any) -> None:
+    if not getattr(model, "trainable_variables", None):
+        raise ValueError(
+            "DistributedLoop needs a built model: give it an Input, or call "
+            "model.build(input_shape) under strategy.scope()."
+        )
+    if not (hasattr(optimizer, "step") and hasattr(optimizer, "build_for")):
+        raise ValueError(
+            "DistributedLoop needs an optimizer with `step(x, y)`, such as Kfac; got "
+            f"{type(optimizer).__name__}."
+        )
+    if strategy is tf.distribute.get_strategy() and not tf.distribute.has_strategy():
+        return  # None at all.
+    first = model.trainable_variables[0]
+    for name, variable in (("model", first), ("optimizer", optimizer.iterations)):
+        if not strategy.extended.variable_created_in_scope(tf_variable(variable)):
+            raise ValueError(
+                f"The {name} was not made for this strategy: make model and optimizer "
+                "under strategy.scope()."
+            )
+
+
+def _check_run(dataset: Any, *periods: int | None) -> None:
+    if not (callable(dataset) or isinstance(dataset, tf.data.Dataset)):
+        raise ValueError(
+            "dataset is a tf.data.Dataset of batches, or a function of a step that "
+            f"gives one; got {type(dataset).__name__}. Of arrays make "
+            "tf.data.Dataset.from_tensor_slices((x, y)).batch(64).repeat()."
+        )
+    if any(every is not None and every < 1 for every in periods):
+        raise ValueError(
+            "checkpoint_every, evaluate_every, report_every are "
+            f"{', '.join(map(repr, periods))}; expected at least 1, or None."
+        )
 
 
 def _is_due(done: int, every: int | None) -> bool:

@@ -33,7 +33,7 @@ class FitOnWorkers(keras.Model):
       inner: the model, created under the strategy's scope.
 
     Raises:
-      ValueError: this object is created under a strategy's scope.
+      ValueError: this object is created under a strategy's scope, or wraps no model.
     """
 
     # For Kfac: the steps below minimise the compiled loss.
@@ -44,6 +44,10 @@ class FitOnWorkers(keras.Model):
             raise ValueError(
                 "Create FitOnWorkers outside of strategy.scope(), and only the model "
                 "inside of it; compile and fit under the scope again."
+            )
+        if not isinstance(inner, keras.Model):
+            raise ValueError(
+                f"FitOnWorkers wraps a Keras model; got {type(inner).__name__}."
             )
         super().__init__(**kwargs)
         self.inner = inner

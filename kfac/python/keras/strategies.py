@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import tensorflow as tf
 
 KINDS = ("none", "mirrored", "multi_worker", "tpu")
@@ -24,7 +27,9 @@ def make_strategy(
       timeout: seconds that a collective of several workers waits for the others.
 
     Raises:
-      ValueError: unknown kind, or options that belong to another kind.
+      ValueError: unknown kind, options that belong to another kind, more replicas than
+        devices, or no cluster in TF_CONFIG.
+      RuntimeError: the CPU cannot be divided, since TensorFlow has started.
     """
     if kind not in KINDS:
         raise ValueError(f"The kind of strategy is {kind!r}; use one of {KINDS}.")
@@ -34,9 +39,14 @@ def make_strategy(
         )
     if tpu is not None and kind != "tpu":
         raise ValueError(f"tpu={tpu!r} is for kind 'tpu', not {kind!r}.")
+    if num_replicas is not None and num_replicas < 1:
+        raise ValueError(f"num_replicas={num_replicas}; expected at least 1.")
+    if not timeout > 0:
+        raise ValueError(f"timeout is {timeout!r}; expected seconds.")
     if kind == "mirrored":
         return tf.distribute.MirroredStrategy(_devices(num_replicas))
     if kind == "multi_worker":
+        _check_cluster()
         return tf.distribute.MultiWorkerMirroredStrategy(
             communication_options=tf.distribute.experimental.CommunicationOptions(
                 timeout_seconds=timeout
@@ -65,6 +75,21 @@ def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
+def _check_cluster() -> None:
+    """Without a cluster TensorFlow would train alone and say nothing."""
+    given = os.environ.get("TF_CONFIG", "")
+    try:
+        has_cluster = bool(json.loads(given)["cluster"])
+    except (ValueError, KeyError, TypeError):
+        has_cluster = False
+    if not has_cluster:
+        raise ValueError(
+            "'multi_worker' needs the workers' addresses in the environment variable "
+            f"TF_CONFIG, which is {given!r}. On one machine start the program by "
+            "kfac.examples.launch_local; a cluster's scheduler usually sets it."
+        )
+
+
 def _devices(count: int | None) -> list[str] | None:
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
@@ -76,8 +101,13 @@ def _devices(count: int | None) -> list[str] | None:
     count = count or 1
     (cpu, *_) = tf.config.list_physical_devices("CPU")
     if len(tf.config.get_logical_device_configuration(cpu) or [cpu]) < count:
-        # Raises RuntimeError if TensorFlow has started, and says so.
-        tf.config.set_logical_device_configuration(
-            cpu, [tf.config.LogicalDeviceConfiguration()] * count
-        )
+        try:
+            tf.config.set_logical_device_configuration(
+                cpu, [tf.config.LogicalDeviceConfiguration()] * count
+            )
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"The CPU cannot be divided into {count} devices any more: call "
+                "make_strategy before anything else of TensorFlow runs."
+            ) from error
     return [f"CPU:{i}" for i in range(count)]
