@@ -1,7 +1,8 @@
 # Two commands do everything on a fresh machine:
 #   make demo   the MNIST autoencoder with K-FAC, Adam and SGD (about five minutes)
 #   make test   the whole test suite
-# make demo-distributed trains with two worker processes on this machine (a minute).
+# make demo-distributed trains with two worker processes on this machine (a minute);
+# kill one meanwhile, and both go on from the last checkpoint.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,9 +22,10 @@ demo: $(VENV)/.examples
 	    --plot=results/autoencoder_mnist.png
 
 demo-distributed: $(VENV)/.examples
-	$(BIN)/python -m kfac.examples.launch_local --num_workers=2 -- \
+	rm -rf results/demo_distributed
+	$(BIN)/python -m kfac.examples.launch_local --num_workers=2 --max_restarts=3 -- \
 	    $(BIN)/python -m kfac.examples.classifier_mnist_tpu_strategy \
-	    --strategy=multi_worker
+	    --strategy=multi_worker --checkpoint_dir=results/demo_distributed
 
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal

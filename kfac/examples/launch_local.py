@@ -7,8 +7,8 @@ Every worker finds its place in the environment variable TF_CONFIG.  If one of t
 fails, or is killed, the others are stopped, and all start again (`--max_restarts`): a
 collective cannot go on without a member, so recovery is from the last checkpoint.
 
-Lines that a worker prints follow its number.  Those of TensorFlow's own log are shown
-if the worker fails, the last ones, or with `--show_log`.
+Lines that a worker prints follow its number.  TensorFlow's own log is not shown, but
+for its last warnings and errors if the worker fails, and with `--show_log`.
 
 TensorFlow's server knows no authentication and listens on all network interfaces.
 Where Linux allows it, the workers therefore run in a network namespace of their own,
@@ -49,7 +49,8 @@ _INSIDE = "KFAC_PRIVATE_NETWORK"
 _SIGNAL_ON_PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 # A line of TensorFlow's log: "I0000 00:00:17..." or what precedes the first of them.
 _LOGGED = re.compile(r"[IWEF]\d{4} \d\d:|WARNING: All log messages before absl")
-_LOGGED_LINES = 20  # That are kept of a worker, to be shown if it fails.
+_IS_INFORMATION = re.compile(r"I\d{4}|WARNING: All")
+_LOGGED_LINES = 20  # The others that are kept of a worker, to be shown if it fails.
 _GET_FLAGS, _SET_FLAGS, _IS_UP = 0x8913, 0x8914, 1  # SIOC[GS]IFFLAGS, IFF_UP
 
 
@@ -179,11 +180,11 @@ class _Output:
 
     def _forward(self) -> None:
         for line in self._lines:
-            line = self._prefix + line.rstrip()
-            if _LOGGED.match(line, len(self._prefix)) and not self._shows_log:
-                self._log.append(line)
-            else:
-                self._write(line)
+            line = line.rstrip()
+            if self._shows_log or not _LOGGED.match(line):
+                self._write(self._prefix + line)
+            elif not _IS_INFORMATION.match(line):
+                self._log.append(self._prefix + line)
 
     def join(self) -> None:
         self._thread.join()

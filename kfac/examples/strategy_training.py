@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -113,33 +114,87 @@ def run(task: Task) -> dict[str, float]:
     loop = distributed_loop.DistributedLoop(
         strategy, model, optimizer, FLAGS.checkpoint_dir
     )
-    chief = strategies.is_chief(strategy)
-    if chief:
-        print(f"Data: {data.description}; {replicas} replica(s)", flush=True)
-        if int(loop.step.numpy()):
-            print(f"Going on from step {int(loop.step.numpy())}", flush=True)
+    _say_what_begins(strategy, loop, data)
     test_batches = tf.data.Dataset.from_tensor_slices(test).batch(1000)
 
     def evaluate() -> dict[str, float]:
         scores = loop.evaluate(test_batches, task.scores)
         return {f"test_{name}": value for name, value in scores.items()}
 
-    scalars = loop.run(
-        shuffled_batches(train, FLAGS.batch_size, FLAGS.seed),
-        FLAGS.train_steps,
-        checkpoint_every=FLAGS.checkpoint_every,
-        evaluate=evaluate,
-        evaluate_every=FLAGS.eval_every,
-        report=_report,
-    )
-    if chief:
+    try:
+        scalars = loop.run(
+            shuffled_batches(train, FLAGS.batch_size, FLAGS.seed),
+            FLAGS.train_steps,
+            checkpoint_every=FLAGS.checkpoint_every if FLAGS.checkpoint_dir else None,
+            evaluate=evaluate,
+            evaluate_every=FLAGS.eval_every,
+            report=_report,
+        )
+    except distributed_loop.PeerLostError as error:
+        sys.exit(f"PeerLostError: {error}")  # Where it happened says nothing.
+    taken = int(loop.step.numpy())
+    if strategies.is_multi_worker(strategy):
+        norm = np.sqrt(sum(np.sum(np.square(w)) for w in model.get_weights()))
+        _say(f"{_name(strategy)}: {taken} steps, norm of the parameters {norm:.6f}")
+    if strategies.is_chief(strategy):
         names = ["loss", *(f"test_{name}" for name in task.scores)]
         reporting.print_table(
             f"{task.title}, {FLAGS.strategy}, {replicas} replica(s)",
             ["steps", *names],
-            [[str(FLAGS.train_steps), *(scalars.get(n, np.nan) for n in names)]],
+            [[str(taken), *(scalars.get(name, "") for name in names)]],
         )
+        if FLAGS.checkpoint_dir:
+            _say(
+                f"Checkpoints: {FLAGS.checkpoint_dir}. To go on, run this again with "
+                f"--train_steps above {taken}."
+            )
+    loop.wait_for_all()
     return scalars
+
+
+def _say_what_begins(
+    strategy: tf.distribute.Strategy,
+    loop: distributed_loop.DistributedLoop,
+    data: datasets.ImageData,
+) -> None:
+    is_chief = strategies.is_chief(strategy)
+    if strategies.is_multi_worker(strategy):
+        role = ", as the chief: it reports and saves" if is_chief else ""
+        _say(f"{_name(strategy)} takes part{role}")
+    if not is_chief:
+        return
+    replicas, taken = strategy.num_replicas_in_sync, int(loop.step.numpy())
+    _say(f"Data: {data.description}")
+    _say(
+        f"{replicas} replica(s) share the {FLAGS.batch_size} cases of a step; losses "
+        "are means over all of them"
+    )
+    if FLAGS.checkpoint_dir:
+        where = f"{FLAGS.checkpoint_dir}, every {FLAGS.checkpoint_every} steps"
+        _say(f"Checkpoints: {where}")
+    else:
+        _say(
+            "No checkpoints: give --checkpoint_dir to be able to go on after a failure"
+        )
+    if taken >= FLAGS.train_steps:
+        _say(
+            f"{taken} steps were taken before: give more by --train_steps, or another "
+            "--checkpoint_dir"
+        )
+        return
+    if taken:
+        _say(f"Going on from step {taken}")
+    _say("Building the first step, which takes some seconds")
+
+
+def _name(strategy: tf.distribute.Strategy) -> str:
+    resolver = strategy.cluster_resolver
+    workers = resolver.cluster_spec().num_tasks("worker")
+    return f"{resolver.task_type} {resolver.task_id} of {workers}"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _report(step: int, scalars: Mapping[str, float]) -> None:

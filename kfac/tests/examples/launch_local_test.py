@@ -148,11 +148,11 @@ def test_the_log_of_tensorflow_is_shown_on_demand(lines):
     assert lines == ["[worker 0] I0000 00:00:1 cudart.cc] no GPU", "[worker 0] step 1"]
 
 
-def test_the_last_lines_of_the_log_of_a_worker_that_failed_are_shown(lines):
-    code = "for i in range(50):\n    print(f'E0000 00:00:{i} bad')\n"
+def test_the_last_errors_in_the_log_of_a_worker_that_failed_are_shown(lines):
+    code = LOG + "for i in range(50):\n    print(f'E0000 00:00:{i} bad')\n"
     with pytest.raises(launch_local.WorkersFailed):
         run(lines, code + "sys.exit(1 - index)")
-    shown = [line for line in lines if "bad" in line]
+    shown = [line for line in lines if "0000 00" in line]
     assert shown == [f"[worker 0] E0000 00:00:{i} bad" for i in range(30, 50)]
 
 
