@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import secrets
+import random
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -322,8 +322,12 @@ def mutable_names(options: Mapping[str, Any]) -> frozenset[str]:
 
 
 def sample_seed(seed: int | None) -> int:
-    """The seed of sampled targets; a fresh one where none is given."""
-    return secrets.randbits(31) if seed is None else int(seed)
+    """The seed of sampled targets; where none is given one that is drawn.
+
+    Like Keras' own it is drawn from Python's generator, so that
+    `keras.utils.set_random_seed` makes training reproducible.
+    """
+    return random.getrandbits(31) if seed is None else int(seed)
 
 
 def config_of(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,11 +116,12 @@ class OutputLoss:
 
     def natural_parameters(self, y_pred: tf.Tensor) -> tf.Tensor:
         """Logits (or the mean) behind a model output, in float32 or float64."""
-        if self.distribution == SQUARED_ERROR or self.from_logits:
+        if self.distribution == SQUARED_ERROR:
             return _at_least_float32(y_pred)
+        # Keras' losses take these where they are, also from_logits (with a warning).
         logits = private_keras.logits_of(y_pred)
-        if logits is not None:
-            return _at_least_float32(logits)
+        if logits is not None or self.from_logits:
+            return _at_least_float32(y_pred if logits is None else logits)
         # No trace of the logits: these are equally valid ones, since the Fisher matrix
         # in parameter space does not depend on how the distribution is parametrised.
         probabilities = _at_least_float32(y_pred)

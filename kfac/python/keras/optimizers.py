@@ -148,6 +148,7 @@ class Kfac(
         # Not a dictionary, which would be tracked for checkpoints.
         self._options = types.MappingProxyType(options)
         self._seed = given["seed"]
+        self._sample_seed = arguments.sample_seed(self._seed)
         self._loss = loss
         self._loss_weights = loss_weights
         self._fisher_approx = registration.serialize_fisher_approx(fisher_approx)

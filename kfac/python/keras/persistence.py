@@ -125,6 +125,9 @@ class PersistenceMixin:
     def load_own_variables(self, store: Any) -> None:
         """Restores them; what is made later is set when it is made."""
         keys = set(store.keys())
+        model = self._working.model and self._working.model.model
+        if not self.built and getattr(model, "built", False):
+            super().build(model.trainable_variables)  # As it was when it was saved.
         own = super().variables
         saved = sum(key.isdigit() for key in keys)
         is_kfac = any(key.startswith((_STATE, _HYPER)) for key in keys)

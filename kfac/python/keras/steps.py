@@ -414,7 +414,7 @@ class StepsMixin:
             self._working.model,
             self._registrar(),
             batch,
-            sample_seed=self._sample_seed(),
+            sample_seed=self._sample_seed_variable().read_value(),
             strict=self._strict,
             var_list=[models.tf_variable(v) for v in variables],
             name=_SCOPE,
@@ -425,10 +425,9 @@ class StepsMixin:
     def _loss_of(self, batch: batches.Batch) -> tf.Tensor:
         return self._working.model.loss(batch)
 
-    def _sample_seed(self) -> tf.Tensor:
+    def _sample_seed_variable(self) -> tf.Variable:
         """The seed of sampled targets; state, so that a restart goes on with it."""
-        first = arguments.sample_seed(self._seed)
-        return state.get_variable(SAMPLE_SEED, (), tf.int32, first).read_value()
+        return state.get_variable(SAMPLE_SEED, (), tf.int32, self._sample_seed)
 
 
 def _key(variables: Sequence[Any]) -> tuple:

@@ -316,3 +316,30 @@ def test_reading_loss_weights_serialises_nothing(recwarn):
     cases.losses_of_fit(model, *cases.data(), epochs=1)
     assert int(optimizer.iterations) == 1
     assert not [w for w in recwarn if "saved configuration" in str(w.message)]
+
+
+def test_without_a_seed_training_depends_on_keras_seed_alone():
+    x, y = cases.data()
+
+    def train(seed):
+        keras.utils.set_random_seed(seed)
+        model = cases.sequential()
+        cases.make(model, seed=None)
+        cases.losses_of_fit(model, x, y, epochs=2, batch_size=16)
+        return cases.weights(model)[0]
+
+    np.testing.assert_array_equal(train(1), train(1))
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_quantised_layers_train_what_is_left_of_them(with_lora):
+    model = cases.sequential()
+    for layer in model.layers if with_lora else ():
+        layer.enable_lora(2)
+    for layer in model.layers:
+        layer.quantize("int8")
+    optimizer = cases.make(model)
+    losses = cases.losses_of_fit(model, *cases.data(), epochs=5)
+    assert losses[-1] < losses[0]
+    trained = {v for row in optimizer.explain(print_fn=None) for v in row.variables}
+    assert trained == {variable.path for variable in model.trainable_variables}

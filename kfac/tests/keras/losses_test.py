@@ -180,3 +180,16 @@ def test_scaling_the_signal_keeps_the_value_and_scales_products_by_the_coefficie
     np.testing.assert_allclose(
         tape.gradient(value, z), 2.0 * np.sqrt(c)[:, None] * np.ones((4, 3))
     )
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_logits_behind_probabilities_are_found_whatever_the_loss_says(
+    kind, from_logits
+):
+    # Keras' losses do the same, with a warning where from_logits contradicts it.
+    logits = tf.constant([[0.5, -1.0, 2.0]])
+    outputs = keras.activations.get(kind)(logits)
+    distribution = losses.CATEGORICAL if kind == "softmax" else losses.BERNOULLI
+    read = losses.OutputLoss(distribution, from_logits)
+    np.testing.assert_array_equal(read.natural_parameters(outputs), logits)

@@ -1,5 +1,6 @@
 """Training goes on after loading as if it had not been interrupted."""
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ OPTIONS = {
     "adaptive": {"adaptive": True, "damping": 1.0},
     "fallback": {"fallback": "adam", "fisher_approx": {"first": "fallback"}},
 }
+SEEDS = itertools.count()
 
 
 def model_of(options):
@@ -27,7 +29,7 @@ def model_of(options):
         [keras.Input((cases.FEATURES,)), hidden, keras.layers.Dense(cases.CLASSES)]
     )
     # Another seed every time, unless it is restored.
-    cases.make(model, seed=None, invert_every=2, **options)
+    cases.make(model, seed=next(SEEDS), invert_every=2, **options)
     return model
 
 
@@ -237,3 +239,17 @@ def test_a_loaded_optimizer_can_be_renamed(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = saving_utils.load_model(tmp_path / "model.keras", optimizer_name="new")
     assert loaded.optimizer.name == "new"
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_ema": True}, {"gradient_accumulation_steps": 2}], ids=str
+)
+def test_weights_files_hold_the_averages_and_sums_of_keras(options, tmp_path):
+    model = model_of(options)
+    train(model, 3)
+    model.save_weights(tmp_path / "model.weights.h5")
+    expected = train(model, 3)
+    again = model_of(options)
+    again.load_weights(tmp_path / "model.weights.h5")
+    for one, other in zip(train(again, 3), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
