@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
-from absl import flags
+from absl import app, flags
 
 import kfac
 from kfac.examples import dense_network, exact_fisher, program, reporting
@@ -280,6 +280,8 @@ def coarsened(matrix: np.ndarray, most: int) -> np.ndarray:
 def main(argv: list[str]) -> None:
     """Trains, measures, prints both tables, draws the matrices."""
     del argv
+    if FLAGS.damping == 0:
+        raise app.UsageError("--damping: the inverses of singular matrices need one.")
     data = program.load_data()
     images = pooled(data.x_train)
     network = dense_network.Network(
@@ -294,7 +296,8 @@ def main(argv: list[str]) -> None:
         learning_rate=FLAGS.learning_rate,
         seed=FLAGS.seed,
     )
-    print(f"Trained for {FLAGS.train_steps} updates, mini-batch loss {loss:.3f}")
+    if FLAGS.train_steps:
+        print(f"Trained for {FLAGS.train_steps} updates, mini-batch loss {loss:.3f}")
     rows = slice(FLAGS.eval_size)
     qualities, terms = measure(network, images[rows], data.y_train[rows], FLAGS.damping)
     reporting.print_table(

@@ -31,25 +31,31 @@ flags.DEFINE_enum("dataset", "mnist", datasets.DATASETS, "Data set.")
 flags.DEFINE_string("data_dir", None, "Folder with the full data (idx or npz files).")
 flags.DEFINE_bool("download", False, "Fetch the full data set with keras.datasets.")
 flags.DEFINE_integer("seed", 0, "Seed of initialisation, batches and samples.")
-flags.DEFINE_integer("train_steps", 300, "Updates an optimizer.")
+flags.DEFINE_integer("train_steps", 300, "Updates an optimizer.", lower_bound=0)
 flags.DEFINE_float(
     "train_seconds",
     None,
     "Training seconds an optimizer; with it, a limit of updates only if one is given.",
 )
-flags.DEFINE_integer("batch_size", 1024, "Batch size, or the first one of a schedule.")
+flags.DEFINE_integer(
+    "batch_size", 1024, "Batch size, or the first one of a schedule.", lower_bound=1
+)
 flags.DEFINE_list("hidden_widths", [], "Widths of the hidden dense layers.")
 flags.DEFINE_float("l2_reg", 0.0, "Coefficient of half the squared parameter norm.")
 flags.DEFINE_float("learning_rate", None, "Of Adam or SGD, instead of a tuned one.")
-flags.DEFINE_float("damping", 1e-2, "Damping of K-FAC; where adapted, at the start.")
+flags.DEFINE_float(
+    "damping", 1e-2, "Damping of K-FAC; where adapted, at the start.", lower_bound=0.0
+)
 flags.DEFINE_float("cov_batch_fraction", 1.0, "Part of the batch for statistics.")
 flags.DEFINE_float("qmodel_batch_fraction", 1.0, "Part for the quadratic model.")
 flags.DEFINE_integer("cov_update_every", 1, "Updates between statistics.")
 flags.DEFINE_integer("invert_every", 5, "Updates between inversions.")
 flags.DEFINE_bool("auto_register_layers", False, "Let the scanner find the layers.")
 flags.DEFINE_string("device", None, "For instance /cpu:0 or /gpu:0.")
-flags.DEFINE_integer("eval_every", 10, "Updates between evaluations.")
-flags.DEFINE_integer("eval_size", 10000, "Training images in an evaluation.")
+flags.DEFINE_integer("eval_every", 10, "Updates between evaluations.", lower_bound=1)
+flags.DEFINE_integer(
+    "eval_size", 10000, "Training images in an evaluation.", lower_bound=1
+)
 flags.DEFINE_string("plot", None, "Where to write a PNG of the training curves.")
 flags.DEFINE_string("results", None, "Where to write the measurements, as JSON.")
 
@@ -85,12 +91,15 @@ def hidden_widths() -> list[int]:
     """`--hidden_widths` as numbers.
 
     Raises:
-      app.UsageError: they are not integers.
+      app.UsageError: they are not positive integers.
     """
     try:
-        return [int(width) for width in FLAGS.hidden_widths]
+        widths = [int(width) for width in FLAGS.hidden_widths]
     except ValueError as error:
         raise app.UsageError(f"--hidden_widths: {error}; expected integers.") from None
+    if min(widths, default=1) < 1:
+        raise app.UsageError(f"--hidden_widths: {widths}; expected positive integers.")
+    return widths
 
 
 def optimizers() -> list[str]:

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import app
 
 from kfac.examples import datasets, dense_network, exact_fisher, fisher_quality
 from kfac.tests import oracle
+from kfac.tests.examples import example_runs
 
 DAMPING = 0.02
 
@@ -146,3 +148,11 @@ def test_the_picture_is_written(measured, tmp_path):
     path = tmp_path / "pictures" / "fisher.png"
     fisher_quality.draw(measured[3], str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_inverse_without_damping_is_refused():
+    with (
+        example_runs.with_flags(fisher_quality, damping=0.0),
+        pytest.raises(app.UsageError, match="damping"),
+    ):
+        fisher_quality.main([])

@@ -82,11 +82,27 @@ def test_unknown_optimizers_are_named():
 def test_widths_are_numbers():
     with example_runs.with_flags(None, hidden_widths=["20", "10"]):
         assert program.hidden_widths() == [20, 10]
-    with (
-        example_runs.with_flags(None, hidden_widths=["20", "ten"]),
-        pytest.raises(app.UsageError, match="ten"),
-    ):
-        program.hidden_widths()
+    for wrong in ("ten", "0", "-3"):
+        with (
+            example_runs.with_flags(None, hidden_widths=["20", wrong]),
+            pytest.raises(app.UsageError, match=f"{wrong}.*expected"),
+        ):
+            program.hidden_widths()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train_steps", -1),
+        ("batch_size", 0),
+        ("damping", -0.1),
+        ("eval_every", 0),
+        ("eval_size", 0),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(name, value):
+    with pytest.raises(flags.IllegalFlagValueError, match=name):
+        example_runs.with_flags(None, **{name: value}).__enter__()
 
 
 def test_a_program_may_have_other_defaults(monkeypatch):
