@@ -11,6 +11,7 @@ import tensorflow as tf
 from kfac.python.ops import deferred, signals, sub_batch, utils
 from kfac.python.ops.estimator import backward, batch_sizes, covariances
 from kfac.python.ops.rules import scalars
+from kfac.python.ops.utils.subgraph import without_wrapper
 
 tf1 = tf.compat.v1
 
@@ -68,8 +69,8 @@ class FisherEstimator(abc.ABC):
           compute_cholesky: whether to maintain Cholesky factors of the blocks.
           compute_cholesky_inverse: whether to maintain their inverses.
           compute_params_stats: whether `params_stats` is wanted.
-          batch_size: cases per replica, int or scalar integer tensor. Needed for
-            `compute_params_stats`; if given, every factor is checked against it.
+          batch_size: cases per replica, int or scalar integer tensor, which every
+            factor is checked against. Needed for `compute_params_stats`.
           cov_batch_fraction: part of the batch to take statistics from, in (0, 1]:
             its first ceil(fraction * batch) cases.
           strict: whether to refuse variables without a layer-specific approximation,
@@ -85,7 +86,7 @@ class FisherEstimator(abc.ABC):
                 "replica that the statistics are averaged over."
             )
         sub_batch.check_fraction("cov_batch_fraction", cov_batch_fraction)
-        self._variables = list(variables)
+        self._variables = [without_wrapper(variable) for variable in variables]
         self._cov_ema_decay = cov_ema_decay
         self._damping = damping
         self._layers = layer_collection
@@ -160,8 +161,6 @@ class FisherEstimator(abc.ABC):
                 "or create_ops_and_vars_thunks(), with compute_params_stats=True."
             )
         return self._params_stats.get()
-
-    # Products.
 
     def multiply_inverse(self, vecs_and_vars: VectorsAndVariables) -> list:
         """Products of the blocks' damped inverses, see `multiply_matpower`."""

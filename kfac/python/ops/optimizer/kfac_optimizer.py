@@ -21,6 +21,7 @@ from kfac.python.ops.optimizer.update_steps import (
     variables_of,
 )
 from kfac.python.ops.rules import levenberg_marquardt
+from kfac.python.ops.utils.subgraph import without_wrapper
 
 tf1 = tf.compat.v1
 
@@ -237,7 +238,7 @@ class KfacOptimizer(
 
     def _variables_to_train(self, var_list: Iterable[Any] | None) -> list[Any]:
         if var_list is not None:
-            return list(var_list)
+            return [without_wrapper(variable) for variable in var_list]
         with tf.init_scope():
             in_function = tf.executing_eagerly()
         if in_function:
@@ -302,7 +303,7 @@ class KfacOptimizer(
 
     def check_var_list(self, var_list: Iterable[Any]) -> None:
         """Raises `ValueError` unless `var_list` is the set of variables to train."""
-        given = {variable.ref(): variable for variable in var_list}
+        given = {v.ref(): v for v in map(without_wrapper, var_list)}
         trained = {variable.ref(): variable for variable in self.registered_variables}
         missing = [v.name for ref, v in trained.items() if ref not in given]
         unknown = [v.name for ref, v in given.items() if ref not in trained]
@@ -437,6 +438,6 @@ class KfacOptimizer(
     def _checked_var_list(self, var_list: Iterable[Any] | None) -> list[Any]:
         if var_list is None:
             return list(self.registered_variables)
-        var_list = list(var_list)
+        var_list = [without_wrapper(variable) for variable in var_list]
         self.check_var_list(var_list)
         return var_list

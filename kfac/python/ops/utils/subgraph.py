@@ -87,14 +87,19 @@ class SubGraph:
         return len(users)
 
 
+def without_wrapper(var: Any) -> Any:
+    """The `tf.Variable` inside a Keras variable; anything else as it is."""
+    value = None if isinstance(var, tf.Variable) else getattr(var, "value", None)
+    return value if isinstance(value, tf.Variable) else var
+
+
 def unwrap_variable(var: Any) -> tf.Variable:
     """The TensorFlow variable behind `var`, which may be a Keras variable.
 
     Raises:
       ValueError: it is not a variable.
     """
-    if not isinstance(var, tf.Variable):
-        var = getattr(var, "value", var)
+    var = without_wrapper(var)
     if not isinstance(var, tf.Variable) and not is_reference_variable(var):
         raise ValueError(f"A TensorFlow variable is expected, got {var!r}.")
     return var
