@@ -152,6 +152,20 @@ def _multi(params, x):
     ]
 
 
+def _heads(params, x):
+    into, back = params
+    options = dict(batch_major=True, num_uses=2)
+    heads = tf.einsum("bti,ihd->bthd", x, into)
+    hidden = tf.tanh(heads) * tf.reduce_mean(heads, axis=1, keepdims=True)
+    sequence = tf.einsum("bthd,hdo->bto", hidden, back)
+    out = tf.reduce_sum(tf.sin(sequence), axis=1)
+    joined = tf.reshape(hidden, [-1, 2, 6])
+    return out, [
+        ("fully_connected_multi", x, heads, options),
+        ("fully_connected_multi", joined, sequence, options),
+    ]
+
+
 def _conv_multi(params, x):
     kernel, bias = params
     options = dict(strides=[1, 1, 1, 1], padding="VALID")
@@ -222,6 +236,16 @@ MULTI = Case(
     _multi,
     oracle.Categorical(),
     _labels(3, size=6),
+)
+# Weights into two heads of three features, and from them, as attention layers have.
+HEADS = Case(
+    "attention heads",
+    [(3, 2, 3), (2, 3, 2)],
+    [(0,), (1,)],
+    _x(6, 2, 3),
+    _heads,
+    oracle.Normal(var=0.5),
+    _reals(6, 2),
 )
 CONV_MULTI = Case(
     "conv2d, two uses",

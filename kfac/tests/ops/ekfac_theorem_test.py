@@ -62,13 +62,15 @@ def best_in_eigenbasis(kfac_block, exact, shape):
 
 def sides(case, group):
     d_out = case.shapes[group[0]][-1]
+    if case is cases.HEADS and group == (0,):
+        d_out *= case.shapes[0][-2]  # Two heads of three features.
     return sum(int(np.prod(case.shapes[i])) for i in group) // d_out, d_out
 
 
 @pytest.mark.parametrize(
     "case, mode",
     [(case, mode) for case in cases.CASES for mode in ("exact", "empirical")]
-    + [(cases.CONV, "exact_GGN")],
+    + [(cases.CONV, "exact_GGN"), (cases.HEADS, "exact"), (cases.HEADS, "empirical")],
     ids=str,
 )
 def test_the_distance_to_the_exact_block_is_never_above_that_of_kfac(case, mode):
