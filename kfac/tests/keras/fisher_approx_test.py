@@ -57,6 +57,13 @@ def test_one_name_is_meant_for_all_layers_that_have_the_approximation():
     assert plain["steps/kernel"] == "kron_indep"
 
 
+def test_one_name_is_saved_with_the_configuration():
+    optimizer = cases.make(cases.sequential(), fisher_approx="ekfac")
+    config = optimizer.get_config()
+    assert config["fisher_approx"] == "ekfac"
+    assert type(optimizer).from_config(config).get_config() == config
+
+
 @pytest.mark.parametrize(
     ("name", "fragment"), [("nonsense", "expected one of"), ("fallback", "no layer")]
 )
