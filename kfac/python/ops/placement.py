@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -145,7 +144,7 @@ class ReplicaRoundRobinPlacementMixin:
         results = replicas.shared_out(
             [lambda t=thunk: _dense(t()) for thunk in thunks],
             [[packing.Spec.of(v) for v in tf.nest.flatten(p)] for p in params_list],
-            [_product_flops(tf.nest.flatten(p)) for p in params_list],
+            [block.product_flops() for block in self.blocks],
             "preconditioned",
         )
         return [
@@ -219,17 +218,3 @@ def _updated_values(
 
 def _dense(product: Any) -> list[tf.Tensor]:
     return [tf.convert_to_tensor(part) for part in tf.nest.flatten(product)]
-
-
-def _product_flops(params: Sequence[Any]) -> float:
-    """Operations of a product with two Kronecker factors: `2 m n (m + n)`.
-
-    Biases are rows of the weights' matrix.  Blocks of other kinds cost less.
-    """
-    flops = 0.0
-    for variable in params:
-        shape = [int(side) for side in variable.shape]
-        if len(shape) > 1:
-            rows, columns = math.prod(shape[:-1]), shape[-1]
-            flops += 2.0 * rows * columns * (rows + columns)
-    return flops

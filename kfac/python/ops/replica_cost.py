@@ -182,7 +182,7 @@ def exchanges(
 def inversion_flops(layers: Sequence[Layer], replicas: int) -> list[float]:
     """Operations of one round of inversions on each replica, dealt out by cost."""
     costs = [f.inversion_flops for f in _factors(layers) if f.is_matrix]
-    return _dealt_out(costs, costs, replicas)
+    return _dealt_out(costs, replicas)
 
 
 def replicas_that_help(layers: Sequence[Layer]) -> int:
@@ -192,26 +192,20 @@ def replicas_that_help(layers: Sequence[Layer]) -> int:
     """
     costs = [f.inversion_flops for f in _factors(layers) if f.is_matrix]
     replicas = math.ceil(sum(costs) / max(costs))
-    while max(_dealt_out(costs, costs, replicas)) > max(costs):
+    while max(_dealt_out(costs, replicas)) > max(costs):
         replicas += 1
     return replicas
 
 
 def product_flops(layers: Sequence[Layer], replicas: int) -> list[float]:
     """Operations of preconditioning on each replica, dealt out by cost."""
-    # Diagonal sides cost next to nothing, but placement does not know of them.
-    estimates = [2.0 * la.parameters * (la.rows + la.columns) for la in layers]
     costs = [2.0 * la.parameters * sum(la.matrix_sides) for la in layers]
-    return _dealt_out(estimates, costs, replicas)
+    return _dealt_out(costs, replicas)
 
 
-def _dealt_out(
-    estimates: Sequence[float], costs: Sequence[float], replicas: int
-) -> list[float]:
-    """Each replica's costs if work is dealt out by the estimates."""
-    owner_of = placement_decision.largest_first(
-        dict(enumerate(estimates)), range(replicas)
-    )
+def _dealt_out(costs: Sequence[float], replicas: int) -> list[float]:
+    """Each replica's part of the costs."""
+    owner_of = placement_decision.largest_first(dict(enumerate(costs)), range(replicas))
     shares = [0.0] * replicas
     for i, owner in owner_of.items():
         shares[owner] += costs[i]

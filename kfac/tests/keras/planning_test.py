@@ -155,6 +155,9 @@ def test_curvature_operations_are_those_of_the_graph_that_computes_them(name):
         products = [p for p, _ in curvature.multiply_inverse(vectors)]
         ops = graph_cost.behind(products, forward)
         counted["preconditioning"] = graph_cost.flops(ops)
+        # What placement deals out by.
+        dealt = sum(block.product_flops() for block in curvature.blocks)
+        assert dealt == counted["preconditioning"]
         counted["inverses"] = sum(f.inverse_flops() for f in curvature.factors)
         return updated
 

@@ -97,6 +97,17 @@ def test_a_model_without_inverses_is_served(replicator):
     assert np.all(np.isfinite(products))
 
 
+def test_products_with_diagonal_factors_weigh_nothing(replicator):
+    with tf.Graph().as_default():
+        made = make()
+        kronecker, diagonal = made.blocks
+        assert kronecker.product_flops() == diagonal.product_flops() == 0
+        made.create_ops_and_vars_thunks()  # Makes the factors.
+        # Two products of 3 by 3 matrices.
+        assert kronecker.product_flops() == 2 * (2 * 3**3)
+        assert diagonal.product_flops() == 0
+
+
 def test_devices_belong_to_the_other_strategy(replicator):
     with tf.Graph().as_default(), pytest.raises(TypeError, match="cov_devices"):
         make(cov_devices=["/cpu:0"])

@@ -16,7 +16,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from kfac.python.ops import state
+from kfac.python.ops import fisher_factors, state
 
 # One tensor, `tf.IndexedSlices` where a class says so, or a list or tuple of tensors.
 Vector = Any
@@ -200,6 +200,22 @@ class FisherBlock(abc.ABC):
                 for variable in tf.nest.flatten(factor.get_inv_vars())
             ),
         )
+
+    def product_flops(self) -> float:
+        """Floating-point operations of `multiply_inverse`, to leading order.
+
+        For comparing blocks with each other, to share the work evenly: products with
+        full matrices count, of which an eigenbasis takes two for each factor.
+        """
+        factors = self._factors()
+        kronecker = factors[:2]
+        entries = math.prod(int(factor._cov_shape[0]) for factor in kronecker)
+        sides = [
+            int(factor._cov_shape[0])
+            for factor in kronecker
+            if not isinstance(factor, fisher_factors.DiagonalFactor)
+        ]
+        return 2.0 * entries * sum(sides) * (2 if len(factors) > 2 else 1)
 
     @property
     def registered_params(self) -> Any:
