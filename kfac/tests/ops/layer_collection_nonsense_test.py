@@ -187,3 +187,42 @@ def test_a_depthwise_layer_that_is_computed_otherwise_is_reported(changes):
         factor.instantiate_cov_variables()
         with pytest.raises(ValueError, match="Register the layer as it is computed"):
             factor.make_covariance_update_op(0.9, 1.0)
+
+
+LOSSES = {
+    "categorical_predictive_distribution": ("logits",),
+    "softmax_cross_entropy_loss": ("logits",),
+    "onehot_categorical_predictive_distribution": ("logits",),
+    "normal_predictive_distribution": ("mean",),
+    "squared_error_loss": ("prediction",),
+    "normal_mean_variance_predictive_distribution": ("mean", "variance"),
+    "multi_bernoulli_predictive_distribution": ("logits",),
+    "sigmoid_cross_entropy_loss": ("logits",),
+}
+NO_OUTPUT = {name: NO_TENSOR[name] for name in ("nothing", "text", "number", "empty")}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_distribution_without_tensors_is_refused(kind):
+    with tf.Graph().as_default():
+        collection = lc_lib.LayerCollection()
+        register_loss = getattr(collection, f"register_{kind}")
+        arguments = {name: data(3) for name in LOSSES[kind]}
+        for name in LOSSES[kind]:
+            for make in NO_OUTPUT.values():
+                with pytest.raises(errors.ArgumentError, match=f"{name} must be a te"):
+                    register_loss(**{**arguments, name: make()})
+        for option, value in [("name", ["a"]), ("coeff", "1"), ("coeff", tf.ones([2]))]:
+            with pytest.raises(errors.ArgumentError, match=option):
+                register_loss(**arguments, **{option: value})
+        assert not collection.losses and not collection.loss_coeffs
+        register_loss(**arguments)
+
+
+def test_a_loss_of_numbers_cannot_be_finalised():
+    with tf.Graph().as_default():
+        collection = lc_lib.LayerCollection()
+        collection.register_squared_error_loss(np.ones([BATCH, 2]))
+        with pytest.raises(errors.ArgumentError, match="computed by no graph"):
+            collection.finalize()
+        assert collection.subgraph is None and not collection._finalized

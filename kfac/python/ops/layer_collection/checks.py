@@ -97,6 +97,15 @@ def single_tensor(tensor: Any, what: str, alternative: str) -> None:
         )
 
 
+def network_output(tensor: Any, what: str) -> None:
+    """Refuses what cannot parameterise a predictive distribution."""
+    if not hasattr(tensor, "shape") or not hasattr(tensor, "dtype"):
+        raise errors.ArgumentError(
+            f"{what} must be a tensor, an output of the network, in the graph of the "
+            f"layers that are registered; got {tensor!r}."
+        )
+
+
 def number_of_uses(inputs: Any, outputs: Any, num_uses: int | None) -> int | None:
     """Checks how the data of several uses are given, and counts the uses.
 

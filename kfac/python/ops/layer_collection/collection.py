@@ -155,8 +155,8 @@ class LayerCollection(DenseLayers, DepthwiseLayers, ElementwiseLayers, LossRegis
         """Closes the collection to registrations and finds what the losses depend on.
 
         Raises:
-          ArgumentError: no loss is registered (the collection stays open), or the
-            collection is finalised already.
+          ArgumentError: no loss is registered, or one on something that is no tensor
+            of a graph (the collection stays open); or it is finalised already.
         """
         if self._finalized:
             raise errors.ArgumentError(
@@ -168,9 +168,14 @@ class LayerCollection(DenseLayers, DepthwiseLayers, ElementwiseLayers, LossRegis
 
     def _create_subgraph(self) -> None:
         self._check_has_losses()
-        self._subgraph = utils.SubGraph(
-            tuple(tf.nest.flatten([loss.inputs for loss in self.losses]))
-        )
+        inputs = tuple(tf.nest.flatten([loss.inputs for loss in self.losses]))
+        for tensor in inputs:
+            if not hasattr(tensor, "graph"):
+                raise errors.ArgumentError(
+                    f"A loss was registered with {tensor!r}, which is computed by no "
+                    "graph; register the network's output tensor itself."
+                )
+        self._subgraph = utils.SubGraph(inputs)
 
     def check_registration(self, variables: Sequence[Any]) -> None:
         """Checks that every use of every variable is registered, and nothing else.

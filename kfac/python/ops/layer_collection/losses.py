@@ -46,8 +46,9 @@ class LossRegistry(LayerRegistry):
 
     Errors common to all registrations:
       LossNameError: the name is taken, or to be reused and not known.
-      ArgumentError: the collection is finalised, or a tower's class, variance or
-        coefficient is not that of the loss's first tower.
+      ArgumentError: the collection is finalised, the parameters of the distribution
+        are no tensors, or a tower's class, variance or coefficient is not that of the
+        loss's first tower.
 
     Attributes:
       loss_colocation_ops: loss -> tensor whose device computes it.
@@ -88,6 +89,7 @@ class LossRegistry(LayerRegistry):
           targets: class ids `[batch]`.
           seed, name, coeff, reuse: see the class.
         """
+        checks.network_output(logits, "logits")
         loss = lf.CategoricalLogitsNegativeLogProbLoss(
             logits, targets=targets, seed=seed
         )
@@ -111,6 +113,7 @@ class LossRegistry(LayerRegistry):
           targets: class ids `[batch]`.
           seed, name, coeff, reuse: see the class.
         """
+        checks.network_output(logits, "logits")
         loss = lf.CategoricalLogitsNegativeLogProbLoss(
             logits, targets=targets, seed=seed
         )
@@ -134,6 +137,7 @@ class LossRegistry(LayerRegistry):
           targets: probabilities `[batch, classes]`.
           seed, name, coeff, reuse: see the class.
         """
+        checks.network_output(logits, "logits")
         loss = lf.OnehotCategoricalLogitsNegativeLogProbLoss(
             logits, targets=targets, seed=seed
         )
@@ -159,6 +163,7 @@ class LossRegistry(LayerRegistry):
           targets: of the shape of `mean`.
           seed, name, coeff, reuse: see the class.
         """
+        checks.network_output(mean, "mean")
         loss = lf.NormalMeanNegativeLogProbLoss(mean, var, targets=targets, seed=seed)
         self._register_loss_function(
             loss, mean, "normal_predictive_distribution", name, coeff, reuse
@@ -180,6 +185,7 @@ class LossRegistry(LayerRegistry):
           targets: of the shape of `prediction`.
           seed, name, coeff, reuse: see the class.
         """
+        checks.network_output(prediction, "prediction")
         loss = lf.NormalMeanNegativeLogProbLoss(
             prediction, 0.5, targets=targets, seed=seed
         )
@@ -205,6 +211,8 @@ class LossRegistry(LayerRegistry):
           targets: `[batch, n]`.
           seed, name, coeff, reuse: see the class.
         """
+        checks.network_output(mean, "mean")
+        checks.network_output(variance, "variance")
         loss = lf.NormalMeanVarianceNegativeLogProbLoss(
             mean, variance, targets=targets, seed=seed
         )
@@ -227,6 +235,7 @@ class LossRegistry(LayerRegistry):
           targets: of the shape of `logits`, in [0, 1].
           seed, name, coeff, reuse: see the class.
         """
+        checks.network_output(logits, "logits")
         loss = lf.MultiBernoulliNegativeLogProbLoss(logits, targets=targets, seed=seed)
         base_name = "multi_bernoulli_predictive_distribution"
         self._register_loss_function(loss, logits, base_name, name, coeff, reuse)
@@ -247,6 +256,7 @@ class LossRegistry(LayerRegistry):
           targets: of the shape of `logits`, in [0, 1].
           seed, name, coeff, reuse: see the class.
         """
+        checks.network_output(logits, "logits")
         loss = lf.MultiBernoulliNegativeLogProbLoss(logits, targets=targets, seed=seed)
         self._register_loss_function(
             loss, logits, "sigmoid_cross_entropy_loss", name, coeff, reuse
@@ -271,6 +281,10 @@ class LossRegistry(LayerRegistry):
         """
         self._check_open()
         _check_coefficient(coeff)
+        if not isinstance(name, (str, type(None))):
+            raise errors.ArgumentError(
+                f"name={name!r}; a loss is named by a string, or None for a new name."
+            )
         if is_another_tower(reuse, bool(name) and name in self._loss_dict):
             self._check_tower(loss, name, coeff)
         else:
