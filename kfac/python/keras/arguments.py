@@ -20,6 +20,7 @@ from kfac.python.keras.option_checks import (
     loss_weight,
 )
 from kfac.python.ops import optimizer as graph_optimizer
+from kfac.python.ops import utils
 from kfac.python.ops.kfac_utils import periodic_inv_cov_update_kfac_opt
 
 
@@ -116,7 +117,10 @@ _ANSWERED = {
 # What may be given, but has no effect: the batch of the step is used.
 _UNUSED = ("batch_size", "train_batch", "use_passed_loss")
 # Options of Kfac that the graph optimizer does not have.
-_OWN_DEFAULTS: dict[str, Any] = {"reject_bad_steps": False}
+_OWN_DEFAULTS: dict[str, Any] = {
+    "reject_bad_steps": False,
+    "distribute_transformations": True,
+}
 # Arguments of the Keras base class that make sense for a second-order method.
 BASE_DEFAULTS: dict[str, Any] = {
     "weight_decay": None,
@@ -132,6 +136,7 @@ DEFAULTS: dict[str, Any] = {
     **_OWN_DEFAULTS,
     **BASE_DEFAULTS,
 }
+_BY_REPLICAS = "replica_round_robin"
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 # Options that are not handed to the graph optimizer as they are.
 NOT_FORWARDED = frozenset(
@@ -286,6 +291,24 @@ def _check_combinations(options: Mapping[str, Any]) -> None:
             "reject_bad_steps undoes a step that raises the loss and then raises the "
             "damping; it needs adaptive=True or adapt_damping=True."
         )
+    if (
+        not options["distribute_transformations"]
+        and options["placement_strategy"] != _BY_REPLICAS
+    ):
+        raise ValueError(
+            "distribute_transformations=False is for "
+            f"placement_strategy={_BY_REPLICAS!r}, whose replicas share the products "
+            f"out; placement_strategy is {options['placement_strategy']!r}."
+        )
+
+
+def placement(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the graph optimizer about where work is done."""
+    if options["placement_strategy"] != _BY_REPLICAS:
+        return {}
+    if tf.distribute.has_strategy() and utils.get_num_replicas() == 1:
+        return {"placement_strategy": None}  # Nobody to share with.
+    return {"distribute_transformations": options["distribute_transformations"]}
 
 
 def base_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,14 @@ class LoopsMixin:
         )
 
     def show_batch(self, x: Any, y: Any, sample_weight: Any = None) -> None:
-        """Shows the batch of this step, in loops that do not call `compute_loss`."""
+        """Shows the batch of this step, in loops that do not call `compute_loss`.
+
+        Under `tf.distribute` the loss of a replica is its mean over the replica's
+        cases, divided by the number of replicas. Keras' losses do that by themselves;
+        others have to be divided in the loop. The first step compares the gradients
+        with the declared loss's, and fails if they are that many times too large.
+        """
+        self._working.loss_is_own = True
         self._recorder.show(x, y, sample_weight)
 
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> dict[str, tf.Tensor]:
@@ -118,7 +125,7 @@ class LoopsMixin:
             scaled = self.scale_loss(loss)
         variables = working.model.model.trainable_variables
         gradients = tape.gradient(scaled, variables)
-        self.show_batch(x, y, sample_weight)
+        self._recorder.show(x, y, sample_weight)
         working.measures = True
         try:
             self.apply(gradients, variables)

@@ -189,6 +189,7 @@ OTHERS: dict[str, Kind] = {
     "cov_update_every": _PERIOD,
     "num_burnin_steps": Kind("an integer that counts steps, from 0", _count(0)),
     "reject_bad_steps": _TRUTH,
+    "distribute_transformations": _TRUTH,
     "weight_decay": _or_none(_NUMBER),
     "use_ema": _TRUTH,
     "ema_momentum": _UNIT,

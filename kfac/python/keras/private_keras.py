@@ -30,7 +30,7 @@ class OptimizerHooks(keras.optimizers.Optimizer):
     Subclasses implement `averaged` and `take_step`.
     """
 
-    def averaged(self, grads: list) -> list:
+    def averaged(self, grads: list, variables: list) -> list:
         """Gradients of the mean loss of all replicas' cases."""
         raise NotImplementedError
 
@@ -42,11 +42,12 @@ class OptimizerHooks(keras.optimizers.Optimizer):
         # The public hook, `update_step`, sees one variable at a time: preconditioning,
         # clipping and the quadratic model need all gradients together.  Also, mirrored
         # replicas cannot meet inside of the branches that Keras builds.
-        grads = self.averaged(list(grads))
+        variables = list(trainable_variables)
+        grads = self.averaged(list(grads), variables)
         if self.gradient_accumulation_steps:
-            self._accumulate(grads, list(trainable_variables))
+            self._accumulate(grads, variables)
         else:
-            self.take_step(grads, list(trainable_variables))
+            self.take_step(grads, variables)
         if self.use_ema:
             self._update_model_variables_moving_average(self._trainable_variables)
         if self.use_ema and self.ema_overwrite_frequency:

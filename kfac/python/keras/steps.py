@@ -15,6 +15,7 @@ from kfac.python.keras import (
     loss_check,
     models,
     registration,
+    replica_gradients,
     step_watch,
 )
 from kfac.python.keras.prototype import Prototype
@@ -212,25 +213,20 @@ class StepsMixin:
 
     # ------------------------------------------------------------ the step
 
-    def averaged(self, grads: list) -> list:
-        """Gradients of the mean loss of all cases.
-
-        Keras divides a replica's loss by the number of replicas.
-
-        Raises:
-          ValueError: replicas are executed eagerly.
-        """
-        if not utils.is_in_replica():
-            return grads
-        if tf.executing_eagerly():
-            raise ValueError(
-                "Under a tf.distribute strategy Kfac's step has to be traced, because "
-                "replicas meet inside of it: use compile(run_eagerly=False), or call "
-                "strategy.run in a tf.function."
-            )
-        means = [utils.get_num_replicas() * tf.convert_to_tensor(g) for g in grads]
-        size = self._working.batch.as_tensors().size()
-        return utils.all_average(means, "gradients", size)
+    def averaged(self, grads: list, variables: list) -> list:
+        """Gradients of the mean loss of all replicas' cases."""
+        working = self._working
+        batch = working.batch.as_tensors()
+        means = replica_gradients.averaged(grads, batch)
+        is_unsure = working.loss_is_own and self._registrar().reads_loss
+        if not (is_unsure and utils.is_replicated()):
+            return means
+        is_first = tf.equal(self.step_count, 0)
+        checked = replica_gradients.check_scale(
+            means, variables, working.model, batch, is_first
+        )
+        with tf.control_dependencies([checked]):
+            return [tf.identity(mean) for mean in means]
 
     def take_step(self, grads: list, variables: list) -> None:
         """Builds a step in the current graph; executes one eagerly."""
@@ -409,6 +405,7 @@ class StepsMixin:
                 "train_batch": batch,
                 "use_passed_loss": False,
             }
+        fixed |= arguments.placement(options)
         step_watch.create_state()
         return self._traced_class(
             self._working.model,

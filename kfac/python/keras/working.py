@@ -26,6 +26,7 @@ class Working:
         eagerly, and the loss.
       step_function: of `Kfac.step`, and the loss it was made for; or None.
       loss_is_checked: whether the declared loss was compared with the real one.
+      loss_is_own: whether the training loop computes its loss by itself.
       measures: whether steps that are built now measure themselves.
       owners: names of state for parameters -> `variable.ref()` of whose it is.
       keras_variables: name of state -> the Keras variable around it.
@@ -41,6 +42,7 @@ class Working:
         self.eager_updates: dict[tuple, tuple[Callable, Any]] = {}
         self.step_function: tuple[Callable, Any] | None = None
         self.loss_is_checked = False
+        self.loss_is_own = False
         self.measures = False
         self.owners: dict[str, Any] = {}
         self.keras_variables: dict[str, Any] = {}

@@ -18,8 +18,8 @@ from kfac.python.keras import strategies
 from kfac.python.keras.fishleg import FishLeg
 from kfac.tests.keras import distributed_program as program
 
-# On two replicas 3 and 3 cases, then 3 and 2, then 1 and 0.  (Keras' `fit` needs a first
-# batch that can be divided evenly, and rounds 1/3 to float32.)
+# On two replicas 3 and 3 cases, then 3 and 2, then 1 and 0.  (Keras' `fit` needs a
+# first batch that can be divided evenly, and rounds 1/3 to float32.)
 BATCHES = (6, 5, 1)
 CASES = sum(BATCHES)
 
@@ -94,6 +94,52 @@ def fit(
     }
 
 
+def loop(replicas, divisions=None, decompositions=False, **options) -> dict:
+    """Six steps in a loop of one's own.
+
+    Args:
+      replicas: how many; 0 for no strategy.
+      divisions: how often a loss that is not Keras' is divided by the number of
+        replicas; None takes `optimizer.step`.
+      decompositions: whether to count them.
+      **options: of the optimizer.
+    """
+    strategy = program.mirrored(replicas)
+    with strategy.scope():
+        model = program.make_model()
+        optimizer = program.make_optimizer(model, **options)
+        optimizer.build_for(model)
+
+    def on_replica(x, y):
+        if divisions is None:
+            optimizer.step(x, y)
+            return
+        with tf.GradientTape() as tape:
+            logits = model(x, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)
+            loss = tf.reduce_mean(losses) / max(replicas, 1) ** divisions
+        optimizer.show_batch(x, y)
+        variables = model.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
+
+    step = tf.function(lambda batch: strategy.run(on_replica, args=batch))
+    batches = strategy.experimental_distribute_dataset(dataset(*data()).repeat())
+    batches = iter(batches)
+    found = {"error": ""}
+    try:
+        for _ in range(6):
+            step(next(batches))
+    except tf.errors.InvalidArgumentError as error:
+        found["error"] = str(error)
+    if decompositions:
+        graph = step.get_concrete_function(next(batches)).graph.as_graph_def()
+        functions = [function.node_def for function in graph.library.function]
+        nodes = [node for nodes in [graph.node, *functions] for node in nodes]
+        found["devices"] = [n.device for n in nodes if n.op == "SelfAdjointEigV2"]
+    return {"parameters": program.numbers(model, optimizer)["parameters"], **found}
+
+
 def copies_apart(strategy, variable) -> float:
     """The largest difference between a variable's copies, of which NaN is one value."""
     first, *others = (
@@ -114,7 +160,10 @@ def copies_apart(strategy, variable) -> float:
 def main() -> None:
     keras.config.set_floatx("float64")
     strategies.make_strategy("mirrored", 2)  # Divides the CPU.
-    found = {name: fit(**job) for name, job in json.loads(sys.argv[1]).items()}
+    found = {
+        name: loop(**job) if job.pop("loop", False) else fit(**job)
+        for name, job in json.loads(sys.argv[1]).items()
+    }
     print("FOUND" + json.dumps(found), flush=True)
 
 

@@ -1,5 +1,6 @@
 """What an optimizer can do by itself, it can do on replicas, to the same result."""
 
+import collections
 import json
 import pathlib
 import subprocess
@@ -45,13 +46,35 @@ JOBS = {
     for replicas in (0, 2)
 }
 JOBS["fishleg, 2"] = {"replicas": 2, "fishleg": True}
+# Loops that compute a loss of their own; or shared work, whose owners are counted.
+EKFAC = {
+    "fisher_approx": {"hidden": "ekfac", "logits": "ekfac"},
+    "decompositions": True,
+}
+SHARED = {**EKFAC, "placement_strategy": "replica_round_robin"}
+LOOPS = {
+    "alone": {"replicas": 0, "divisions": 1},
+    "divided": {"replicas": 2, "divisions": 1},
+    "forgotten": {"replicas": 2, "divisions": 0},
+    "divided twice": {"replicas": 2, "divisions": 2},
+    "ekfac alone": {"replicas": 0, **EKFAC},
+    "ekfac": {"replicas": 2, **EKFAC},
+    "ekfac, shared": {"replicas": 2, **SHARED},
+    "ekfac, partly shared": {
+        "replicas": 2,
+        "distribute_transformations": False,
+        **SHARED,
+    },
+    "ekfac, nobody to share with": {"replicas": 1, **SHARED},
+}
+LOOP_JOBS = {name: {"loop": True, **LOOPS[name]} for name in LOOPS}
 
 
 def run():
     finished = subprocess.run(
         [
             *[sys.executable, "-m", "kfac.tests.keras.replica_features_program"],
-            json.dumps(JOBS),
+            json.dumps({**JOBS, **LOOP_JOBS}),
         ],
         capture_output=True,
         text=True,
@@ -98,3 +121,43 @@ def test_the_features_make_a_difference(found):
         assert all(one != other for other in results[:i])
     adapted = found["losses of more cases than the statistics, 0"]["damping"]
     assert adapted != pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("forgotten", "2 times as large"), ("divided twice", "2 times smaller")],
+)
+def test_a_loss_with_another_scale_than_the_declared_one_is_noticed(
+    found, name, complaint
+):
+    assert complaint in found[name]["error"]
+    assert "num_replicas_in_sync" in found[name]["error"]
+
+
+def test_a_loss_that_is_divided_trains_as_on_one_device(found):
+    assert found["divided"]["error"] == ""
+    np.testing.assert_allclose(
+        found["divided"]["parameters"], found["alone"]["parameters"], atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in LOOPS if "ekfac" in name])
+def test_whoever_decomposes_the_factors_the_steps_are_the_same(found, name):
+    np.testing.assert_allclose(
+        found[name]["parameters"], found["ekfac alone"]["parameters"], atol=1e-10
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("ekfac alone", [4]),  # Two layers have two factors each.
+        ("ekfac", [4, 4]),
+        ("ekfac, shared", [2, 2]),
+        ("ekfac, partly shared", [2, 2]),
+        ("ekfac, nobody to share with", [4]),
+    ],
+)
+def test_each_replica_decomposes_its_share_of_the_factors(found, name, counts):
+    per_device = collections.Counter(found[name]["devices"])
+    assert sorted(per_device.values()) == counts
