@@ -20,6 +20,7 @@ tf1 = tf.compat.v1
 
 Key = tuple[str, int]
 Substitution = Callable[[tf.Tensor], Callable[[], tf.Tensor] | None]
+NewShape = Callable[[tf.Operation], Sequence[int] | None]
 
 # What an operation is to the copy.
 _SOURCE = "source"  # Brings data in; each output is replaced or shared.
@@ -32,6 +33,7 @@ _VARIABLE_OPS = frozenset(
     ["VarHandleOp", "ReadVariableOp", "ResourceGather", "ResourceGatherNd"]
     + ["Variable", "VariableV2", "VariableShape"]
 )
+_CONSTANTS = ("Const", "Fill")
 _V1_LOOP_OPS = frozenset(
     ["Enter", "RefEnter", "Exit", "RefExit", "NextIteration", "RefNextIteration"]
 )
@@ -46,16 +48,25 @@ class GraphClone:
     function argument, an iterator's or queue's output, a random number.
     """
 
-    def __init__(self, graph: tf.Graph, substitution: Substitution):
+    def __init__(
+        self,
+        graph: tf.Graph,
+        substitution: Substitution,
+        new_shape: NewShape | None = None,
+    ):
         """Describes the copy; nothing is built yet.
 
         Args:
           graph: graph of the tensors to be copied.
           substitution: called with an output of a source; returns a function that
             builds its replacement in the current context, or None to share it.
+          new_shape: called with a `Reshape` that is copied; returns the shape that the
+            copy is to have, whose first entry its input must have too, or None to
+            leave it.  If it is given, constants are sources as well.
         """
         self._graph = graph
         self._substitution = substitution
+        self._new_shape = new_shape
         self._substitutes: dict[Key, Callable[[], tf.Tensor] | None] = {}
         self._roles: dict[str, str] = {}
         self._copied_gradients: dict[str, str] = {}
@@ -120,17 +131,27 @@ class GraphClone:
         return self._roles[op.name]
 
     def _role_by_inputs(self, op: tf.Operation) -> str:
-        if any(self._is_dependent(t) for t in op.inputs):
+        dependent = [t for t in op.inputs if self._is_dependent(t)]
+        if _is_source(op) and all(t.op.type in _CONSTANTS for t in dependent):
+            return _SOURCE
+        if dependent:
             if op.type in _V1_COND_OPS:
                 raise ValueError(_control_flow_message(op))
             return _DEPENDENT
-        if _is_source(op):
+        if self._is_replaced_constant(op):
             return _SOURCE
         if op.type == "Const" or (
             op.inputs and all(self._roles[t.op.name] == _CONSTANT for t in op.inputs)
         ):
             return _CONSTANT
         return _SHARED
+
+    def _is_replaced_constant(self, op: tf.Operation) -> bool:
+        return (
+            self._new_shape is not None
+            and op.type in _CONSTANTS
+            and self._substitute(op.outputs[0]) is not None
+        )
 
     # Copying.
 
@@ -142,10 +163,18 @@ class GraphClone:
         inside = {op.name for op in ops}
         graph_def = tf1.GraphDef()
         graph_def.versions.CopyFrom(self._graph.graph_def_versions)
-        fed = {}
+        fed, reshaped = {}, {}
         for op in ops:
-            graph_def.node.append(self._node(op))
-            for t in op.inputs:
+            node = self._node(op)
+            shape = self._shape_of_copy(op)
+            inputs = list(op.inputs)
+            if shape is not None:
+                reshaped[_key(inputs[0])] = shape[0]
+                graph_def.node.append(_shape_node(op, shape))
+                node.input[1] = f"{graph_def.node[-1].name}:0"
+                inputs.pop()
+            graph_def.node.append(node)
+            for t in inputs:
                 if t.op.name not in inside:
                     fed[_input_name(t)] = self._fed(t, copies)
         if any(_calls_function(op) for op in ops):
@@ -160,8 +189,19 @@ class GraphClone:
             )
         for original, copy in zip(outputs, imported, strict=True):
             copies[_key(original)] = copy
+        for key, rows in reshaped.items():
+            if tf.compat.dimension_value(copies[key].shape[0]) != rows:
+                raise ValueError(
+                    f"{key[0]!r} is reshaped into {rows} rows, but its copy has the "
+                    f"shape {copies[key].shape}."
+                )
         for op in ops:
             _check_call(op, [copies.get(_key(t), t) for t in op.inputs])
+
+    def _shape_of_copy(self, op: tf.Operation) -> Sequence[int] | None:
+        if self._new_shape is None or op.type != "Reshape":
+            return None
+        return self._new_shape(op) if self._is_dependent(op.inputs[0]) else None
 
     def _missing_ops(self, targets, copies) -> list[tf.Operation]:
         """Operations to copy, inputs first; replaced sources enter `copies`."""
@@ -267,6 +307,15 @@ def _key(tensor: tf.Tensor) -> Key:
 
 def _input_name(tensor: tf.Tensor) -> str:
     return f"{tensor.op.name}:{tensor.value_index}"
+
+
+def _shape_node(op: tf.Operation, shape: Sequence[int]) -> tf1.NodeDef:
+    """A constant to reshape the copy of `op` with."""
+    value = tf.make_tensor_proto(shape, op.inputs[1].dtype)
+    node = tf1.NodeDef(name=f"{op.name}/shape_of_copy", op="Const")
+    node.attr["dtype"].type = value.dtype
+    node.attr["value"].tensor.CopyFrom(value)
+    return node
 
 
 def _is_source(op: tf.Operation) -> bool:

@@ -7,8 +7,13 @@ cases, in whichever branch asks for it; weights are shared with the original.
 
 The sources of the batch (placeholders, function arguments, iterators, queues) are
 cut; everything computed from them is copied.  Consequences: batch normalisation sees
-the statistics of the part, dropout draws a mask of its own, and graphs that hold the
-batch size as a constant cannot be cut (they fail loudly, here, not at run time).
+the statistics of the part, and dropout draws a mask of its own.
+
+Where the model does not accept a smaller batch as it is, because it holds the batch or
+its size as a constant, floating constants whose leading dimension is the batch's are
+cut, too, and reshapes from one such dimension to another are adapted.  A constant that
+has this size for another reason does not fit the rest of the model then; like all else
+that cannot be cut, this fails loudly, here, not at run time.
 """
 
 from __future__ import annotations
@@ -55,11 +60,32 @@ class SubBatch:
         self._whole = self._static_batch_size(batch_size)
         self._given_batch_size = batch_size
         self._graph = inputs[0].graph
-        self._clone = graph_clone.GraphClone(self._graph, self._substitution)
         # Keeps what was asked for, since the key is its id.
         self._deferred: dict[int, tuple[Any, deferred.DeferredTensor]] = {}
-        self._losses = deferred.PerContextCache(self._copy_losses)
         self._sizes = deferred.PerContextCache(self._dynamic_batch_size)
+        try:
+            self._try_copy(inputs, graph_clone.GraphClone(self._graph, self._cut))
+        except ValueError as error:
+            if self._whole is None:
+                raise
+            clone = graph_clone.GraphClone(
+                self._graph, self._cut_with_constants, self._shape_of_part
+            )
+            try:
+                self._try_copy(inputs, clone)
+            except ValueError:
+                raise error from None  # It tells what is wrong with the model itself.
+
+    def _try_copy(
+        self, inputs: Sequence[tf.Tensor], clone: graph_clone.GraphClone
+    ) -> None:
+        """Uses this kind of copy if it can be made of the losses.
+
+        Raises:
+          ValueError: it cannot.
+        """
+        self._clone = clone
+        self._losses = deferred.PerContextCache(self._copy_losses)
         for tensor in inputs:
             if not self._clone.depends(tensor):
                 raise ValueError(self._no_source_message(tensor))
@@ -182,7 +208,29 @@ class SubBatch:
             return size is None
         return size in (self._whole, self._whole / self._num_towers)
 
-    def _substitution(self, source: tf.Tensor) -> Callable[[], tf.Tensor] | None:
+    def _cut_with_constants(self, source: tf.Tensor) -> Callable | None:
+        """Like `_cut`, also for constants that may hold the batch."""
+        if source.op.type not in ("Const", "Fill"):
+            return self._cut(source)
+        if not (source.dtype.is_floating and source.shape.rank):
+            return None
+        if not self._is_batch_dimension(tf.compat.dimension_value(source.shape[0])):
+            return None
+        return lambda: self._first_cases(source)
+
+    def _shape_of_part(self, reshape: tf.Operation) -> list[int] | None:
+        """Shape for the part of a reshape that leaves the number of cases as it is."""
+        shape = tf.get_static_value(reshape.inputs[1])
+        data = reshape.inputs[0].shape
+        if shape is None or not len(shape) or not data.rank:
+            return None
+        cases = int(shape[0])
+        rows = tf.compat.dimension_value(data[0])
+        if rows != cases or not self._is_batch_dimension(cases):
+            return None
+        return [self.count(cases), *(int(size) for size in shape[1:])]
+
+    def _cut(self, source: tf.Tensor) -> Callable[[], tf.Tensor] | None:
         """How to cut a source; None if it does not carry the batch."""
         if source.dtype in (tf.resource, tf.variant) or _is_outer_constant(source):
             return None

@@ -294,7 +294,7 @@ def collection_of(out):
 
 def test_a_model_without_a_visible_batch_is_refused():
     with tf.Graph().as_default():
-        out = 2 * tf.constant(np.ones([4, 2]))
+        out = 2 * tf.cast(tf.constant(np.ones([4, 2], np.int32)), tf.float64)
         with pytest.raises(ValueError, match="placeholder_with_default"):
             sub_batch.SubBatch(collection_of(out), 0.5)
         other = 2 * tf1.placeholder(tf.float64, [5, 2])
@@ -305,19 +305,84 @@ def test_a_model_without_a_visible_batch_is_refused():
 @pytest.mark.parametrize(
     "model",
     [
-        lambda x: tf.reshape(x, [4, 3, 1]),
-        lambda x: x + tf.zeros([4, 3], tf.float64),
-        lambda x: tf.reshape(tf.reshape(x, [4, -1]), [-1, 3]),
+        lambda x: tf.reshape(tf.transpose(x), [4, 3]),
+        lambda x: tf.reshape(tf.reshape(x, [12]), [4, 3]),
         lambda x: tf.reshape(x, [tf.shape(x)[0] // 2, 6]),
+        lambda x: tf.reshape(x, [2, 2, 3])[0],
+        # This constant has the size of the batch for another reason.
+        lambda x: tf.matmul(tf.constant(np.arange(16.0).reshape(4, 4)), x),
     ],
 )
-def test_a_model_that_holds_the_batch_size_is_refused(model):
+def test_a_model_that_mixes_cases_is_refused(model):
     with tf.Graph().as_default():
         x = tf1.placeholder(tf.float64, [4, 3], name="x")
         out = tf.identity(model(x), name="out")
         with pytest.raises(ValueError, match="out|batch"):
-            part = sub_batch.SubBatch(collection_of(out), 0.25, batch_size=4)
-            assert part.static_shape(out).as_list() == [1, 3]
+            part = sub_batch.SubBatch(collection_of(out), 0.5, batch_size=4)
+            assert part.static_shape(out).as_list()[0] == 2
+
+
+def recurrent(x, weights):
+    """Two steps of a cell that starts from a state of the static batch's size."""
+    state = tf.zeros([4, 3], tf.float64)
+    for _ in range(2):
+        state = tf.tanh(tf.matmul(tf.concat([x, state], 1), weights))
+    return state
+
+
+CONSTANTS = {
+    "rows of rows": lambda x, w: tf.matmul(
+        tf.reshape(tf.reshape(x, [4, 3, 1]), [4, 3]), w
+    ),
+    "unknown columns": lambda x, w: tf.matmul(tf.reshape(x, [4, -1]), w),
+    "added numbers": lambda x, w: tf.matmul(
+        x + tf.constant(np.arange(12.0).reshape(4, 3)), w
+    ),
+    "initial state": lambda x, w: recurrent(x, tf.concat([w, w], 0)),
+    "filled state": lambda x, w: tf.matmul(x + tf.fill([4, 3], w[0, 0]), w),
+}
+
+
+@pytest.mark.parametrize("kind", graph_kinds.FAST)
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_batch_size_held_as_a_constant_is_cut(kind, name):
+    value = np.random.default_rng(0).normal(size=[4, 3])
+    start = np.random.default_rng(1).normal(size=[3, 3])
+
+    def build():
+        x = tf1.placeholder_with_default(value, [4, 3])
+        w = graph_kinds.variable(start, "w")
+        out = CONSTANTS[name](x, w)
+        part = sub_batch.SubBatch(collection_of(out), 0.5, batch_size=4)
+        assert part.static_shape(out).as_list() == [2, 3]
+        copy = part.tensor(out)
+        return out, copy, tf.gradients(out[:2], w)[0], tf.gradients(copy, w)[0]
+
+    out, copy, gradient, gradient_of_copy = graph_kinds.Run(kind, build)()
+    np.testing.assert_allclose(copy, out[:2], rtol=1e-12)
+    np.testing.assert_allclose(gradient_of_copy, gradient, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", graph_kinds.FAST)
+def test_a_batch_held_as_a_constant_is_cut(kind):
+    value = np.random.default_rng(0).normal(size=[4, 3])
+
+    def build():
+        out = tf.square(tf.constant(value))
+        part = sub_batch.SubBatch(collection_of(out), 0.25)
+        return part.tensor(out)
+
+    np.testing.assert_allclose(graph_kinds.Run(kind, build)(), value[:1] ** 2)
+
+
+def test_constants_are_left_alone_where_the_batch_can_be_cut_without():
+    with tf.Graph().as_default(), tf1.Session() as session:
+        value = np.random.default_rng(0).normal(size=[4, 4])
+        x = tf1.placeholder_with_default(np.ones([4, 4]), [4, 4])
+        out = tf.matmul(x, tf.constant(value))
+        part = sub_batch.SubBatch(collection_of(out), 0.5)
+        copy = session.run(part.tensor(out))
+        np.testing.assert_allclose(copy, np.ones([2, 4]) @ value)
 
 
 def test_unknown_ranks_are_refused():
