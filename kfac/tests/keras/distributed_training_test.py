@@ -33,6 +33,7 @@ JOBS = {
     "count, language model": {
         **{"do": "count", "replicas": 2, "model": "language_model"},
         **{"fisher_approx": {"vocabulary": "kron_indep_out_diag"}, **SHARED},
+        "distribute_transformations": False,
     },
     "adaptive loop, 1 then 4 then 1": {
         "do": "resumed",
@@ -157,7 +158,12 @@ def test_evaluation_averages_over_cases_not_over_batches_or_replicas(replicas):
 def test_a_planned_models_collectives_and_factorisations_are_executed(replicas, name):
     found = replicas[name]
     layers = [replica_cost.Layer(**layer) for layer in found["layers"]]
-    exchanges = replica_cost.exchanges(layers, uneven=True, number_bytes=8)
+    exchanges = replica_cost.exchanges(
+        layers,
+        share_products=JOBS[name].get("distribute_transformations", True),
+        uneven=True,
+        number_bytes=8,
+    )
     # Of four steps; inverses are due in the first three, see `schedule`.
     expected = {e.purpose: [4 if e.every == 1 else 3, e.num_bytes] for e in exchanges}
     # What the loop shows: a float32 loss, and the number of its cases.

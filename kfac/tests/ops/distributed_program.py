@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 import kfac
+from kfac.python.ops import inverses
 from kfac.python.ops.utils import collectives
 
 LAYERS = (6, 5, 3)
@@ -167,7 +168,8 @@ class ExecutedWork:
     """Counts factorisations and collectives when they are executed, not when built.
 
     Attributes:
-      cubes: per replica the sum of n^3 over executed Cholesky factorisations.
+      cubes: per replica the sum of n^3 over executed Cholesky factorisations (with
+        their further attempts, if one fails).
       collectives: purpose -> `[number, bytes]` of replica 0.
     """
 
@@ -177,9 +179,9 @@ class ExecutedWork:
 
     @contextlib.contextmanager
     def counted(self):
-        cholesky, all_reduce = tf.linalg.cholesky, collectives._all_reduce
+        factorise, all_reduce = inverses.with_fallbacks, collectives._all_reduce
 
-        def counting_cholesky(matrix, *args, **kwargs):
+        def counting_factorise(attempt, matrix, *args, **kwargs):
             replica = collectives.static_replica_id() if self.cubes[1:] else 0
             size = matrix.shape[-1]
 
@@ -188,7 +190,7 @@ class ExecutedWork:
                 return np.int64(0)
 
             with tf.control_dependencies([tf.numpy_function(note, [], tf.int64)]):
-                return cholesky(tf.identity(matrix), *args, **kwargs)
+                return factorise(attempt, tf.identity(matrix), *args, **kwargs)
 
         def counting_all_reduce(tensors, purpose):
             size = sum(t.shape.num_elements() * t.dtype.size for t in tensors)
@@ -203,12 +205,12 @@ class ExecutedWork:
             with tf.control_dependencies([tf.numpy_function(note, [], tf.int64)]):
                 return all_reduce([tf.identity(t) for t in tensors], purpose)
 
-        tf.linalg.cholesky = counting_cholesky
+        inverses.with_fallbacks = counting_factorise
         collectives._all_reduce = counting_all_reduce
         try:
             yield self
         finally:
-            tf.linalg.cholesky = cholesky
+            inverses.with_fallbacks = factorise
             collectives._all_reduce = all_reduce
 
 
