@@ -5,7 +5,7 @@ every other strategy, with the same results:
 
     strategy = strategies.make_strategy("multi_worker")
     with strategy.scope():
-        model = ...
+        model = keras.Sequential([keras.Input([784]), keras.layers.Dense(10)])
         optimizer = kfac.keras.optimizers.Kfac(
             learning_rate=0.05, damping=0.01, model=model, loss="mse")
     loop = DistributedLoop(strategy, model, optimizer, directory="checkpoints")

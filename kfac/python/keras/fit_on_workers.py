@@ -20,7 +20,7 @@ class FitOnWorkers(keras.Model):
     """Wraps a model; what it computes and trains is the model itself.
 
         with strategy.scope():
-            inner = keras.Sequential([keras.Input([784]), ...])
+            inner = keras.Sequential([keras.Input([784]), keras.layers.Dense(10)])
         model = FitOnWorkers(inner)  # Outside of the scope.
         with strategy.scope():
             optimizer = Kfac(learning_rate=0.05, damping=0.01, model=model)

@@ -1,6 +1,9 @@
 """Strategies from a word, and the model whose `fit` runs on workers, in one process."""
 
+import inspect
 import json
+import re
+import textwrap
 import types
 
 import keras
@@ -8,7 +11,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kfac.python.keras import strategies
+import kfac
+from kfac.python.keras import distributed_loop, strategies
 from kfac.python.keras.fit_on_workers import FitOnWorkers
 from kfac.python.keras.optimizers import Kfac
 from kfac.tests.keras import keras_cases as cases
@@ -121,6 +125,29 @@ def test_fit_of_the_wrapper_is_that_of_the_model():
         np.testing.assert_array_equal(one, other)
     for one, other in zip(results, results_too, strict=True):
         assert one == pytest.approx(other) and set(one) == {"accuracy", "loss"}
+
+
+@pytest.mark.parametrize("of", (distributed_loop, FitOnWorkers))
+def test_examples_of_docstrings_run(of, tmp_path, monkeypatch):
+    blocks = re.findall(r"(?:^ {4,}.*\n|^\n)+", inspect.getdoc(of), re.MULTILINE)
+    (example,) = [block for block in blocks if "strategy.scope()" in block]
+    example = textwrap.dedent(example)
+    for given, small in (('"multi_worker"', '"none"'), ("1000", "2"), ("=5", "=1")):
+        example = example.replace(given, small)
+    data = np.ones([8, 784], np.float32), np.ones([8, 10], np.float32)
+    names = {
+        "DistributedLoop": distributed_loop.DistributedLoop,
+        "FitOnWorkers": FitOnWorkers,
+        "Kfac": Kfac,
+        "dataset": tf.data.Dataset.from_tensors(data).repeat(2),
+        "kfac": kfac,
+        "keras": keras,
+        "strategies": strategies,
+        "strategy": strategies.make_strategy("none"),
+    }
+    monkeypatch.chdir(tmp_path)
+    exec(example, names)
+    assert int(names["optimizer"].iterations) == 2
 
 
 def test_the_inner_model_predicts_and_is_saved(tmp_path):
