@@ -22,6 +22,7 @@ import tensorflow as tf
 from kfac.python.ops import errors, utils
 from kfac.python.ops import fisher_blocks as fb
 from kfac.python.ops.eigenbasis import LinearOperatorEigenbasis
+from kfac.python.ops.layer_collection.parameters_dict import identity
 from kfac.python.ops.rules import scalars
 
 linalg = tf.linalg
@@ -152,14 +153,29 @@ def flatten(estimator: Any, vecs_and_vars: Sequence[tuple[Any, Any]]) -> tf.Tens
     Args:
       estimator: see `curvature_operator`.
       vecs_and_vars: `(tensor, variable)` pairs for all registered variables, in any
-        order, as in the estimator's products.
+        order, as in the estimator's products. (Of a Keras variable it is `.value`.)
 
     Raises:
       KeyError: a variable is missing.
+      ValueError: a tensor has another shape than its variable.
     """
-    tensors = utils.SequenceDict((var, vec) for vec, var in vecs_and_vars)
-    parts = [tensors[variable] for variable in parameters(estimator)]
-    return tf.concat([tf.reshape(part, [-1]) for part in parts], axis=0)
+    tensors = {identity(variable): tensor for tensor, variable in vecs_and_vars}
+    parts = []
+    for variable in parameters(estimator):
+        if identity(variable) not in tensors:
+            raise KeyError(
+                f"No tensor is given for {variable.name!r}; expected pairs (tensor, "
+                "variable) for all of `parameters(estimator)`, which are TensorFlow's "
+                "variables (the `.value` of Keras')."
+            )
+        part = tf.convert_to_tensor(tensors[identity(variable)])
+        if not part.shape.is_compatible_with(variable.shape):
+            raise ValueError(
+                f"The tensor for {variable.name!r} has shape {part.shape}; expected "
+                f"that of the variable, {variable.shape}."
+            )
+        parts.append(tf.reshape(part, [-1]))
+    return tf.concat(parts, axis=0)
 
 
 def unflatten(estimator: Any, vector: Any) -> list[tuple[tf.Tensor, Any]]:
@@ -168,10 +184,18 @@ def unflatten(estimator: Any, vector: Any) -> list[tuple[tf.Tensor, Any]]:
     Args:
       estimator: see `curvature_operator`.
       vector: `[..., P]`; leading axes lead the tensors, too.
+
+    Raises:
+      ValueError: the last axis is not of size P.
     """
     vector = tf.convert_to_tensor(vector)
     variables = parameters(estimator)
     sizes = [variable.shape.num_elements() for variable in variables]
+    if not vector.shape.is_compatible_with([*vector.shape[:-1], sum(sizes)]):
+        raise ValueError(
+            f"Vectors must be [..., {sum(sizes)}], a number for each parameter; got "
+            f"shape {vector.shape}."
+        )
     leading = list(utils.get_shape(vector)[:-1])
     return [
         (tf.reshape(part, [*leading, *variable.shape.as_list()]), variable)

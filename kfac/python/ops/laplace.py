@@ -36,7 +36,17 @@ class LaplacePosterior:
           num_cases: n, the number of cases the model was trained on.
           prior_precision: τ, positive; L2 regularisation `c/2 |θ|²` of the *mean* loss
             is the prior of precision `n c`.
+
+        Raises:
+          ValueError: a number is not positive.
         """
+        for name, value in (
+            ("num_cases", num_cases),
+            ("prior_precision", prior_precision),
+        ):
+            static = tf.get_static_value(value)
+            if static is not None and not static > 0:
+                raise ValueError(f"{name} must be positive, got {value!r}.")
         self._estimator = estimator
         self.mean = curvature_operator.flatten(
             estimator,

@@ -238,6 +238,23 @@ def test_several_vectors_become_several_tensors():
     )
 
 
+def test_vectors_that_do_not_fit_are_refused():
+    with tf.Graph().as_default():
+        made = mixed_estimator()
+        made.make_vars_and_create_op_thunks()
+        variables = curvature_operator.parameters(made)
+        pairs = [(tf.zeros(v.shape, tf.float64), v) for v in variables]
+        curvature_operator.flatten(made, pairs[::-1])
+        with pytest.raises(KeyError, match="No tensor is given"):
+            curvature_operator.flatten(made, pairs[1:])
+        pairs[0] = (tf.zeros([7], tf.float64), variables[0])
+        with pytest.raises(ValueError, match=r"shape \(7,\); expected"):
+            curvature_operator.flatten(made, pairs)
+        for shape in ([30], [31, 2]):
+            with pytest.raises(ValueError, match=r"\[\.\.\., 31\]"):
+                curvature_operator.unflatten(made, tf.zeros(shape))
+
+
 def test_it_works_eagerly_after_a_function_has_made_the_estimator():
     kept = {}
 

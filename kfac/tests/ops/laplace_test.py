@@ -125,3 +125,11 @@ def test_the_evidence_prefers_the_prior_that_fits():
         )
     np.testing.assert_allclose(found, expected, rtol=1e-9)
     assert np.argmax(found) == 1
+
+
+@pytest.mark.parametrize("name", ["num_cases", "prior_precision"])
+@pytest.mark.parametrize("value", [0, -1.0])
+def test_numbers_that_are_not_positive_are_refused(name, value):
+    arguments = {"num_cases": CASES, "prior_precision": PRIOR, name: value}
+    with pytest.raises(ValueError, match=f"{name} must be positive"):
+        laplace.LaplacePosterior(None, **arguments)
