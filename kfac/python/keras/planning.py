@@ -13,11 +13,22 @@ from kfac.python.keras.layer_cost import LayerCost
 from kfac.python.keras.models import PureModel
 from kfac.python.keras.optimizers import Kfac
 from kfac.python.ops import replica_cost, report
+from kfac.python.ops.layer_collection import approximations
 
 # A factor that takes more than this is worth a warning; and an average phase of the
 # curvature that takes more than the gradient itself.
 LARGE_FACTOR_BYTES = 1 << 30
 _COSTLIEST = 5  # Layers that the table lists.
+# Approximations with other factors than `replica_cost` knows.
+_OTHERS = frozenset(
+    {
+        approximations.APPROX_EKFAC_NAME,
+        approximations.APPROX_EKFAC_PRODUCT_NAME,
+        approximations.APPROX_KRONECKER_SUA_NAME,
+        approximations.APPROX_KRONECKER_SERIES_1_NAME,
+        approximations.APPROX_KRONECKER_SERIES_2_NAME,
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +102,15 @@ class Plan:
     def on_replicas(self) -> list[replica_cost.Layer]:
         """The layers for `kfac.python.ops.replica_cost`, sharers of factors together.
 
-        That module knows Kronecker factors, full and diagonal blocks.
+        Raises:
+          ValueError: an approximation that module does not know, such as EKFAC.
         """
+        unknown = [la.name for la in self.layers if la.row.approximation in _OTHERS]
+        if unknown:
+            raise ValueError(
+                f"Costs on replicas are not known of {', '.join(sorted(_OTHERS))}, "
+                f"which {', '.join(unknown)} have."
+            )
         together = sorted(self.layers, key=lambda layer: layer.first_user)
         return [layer.on_replicas for layer in together]
 

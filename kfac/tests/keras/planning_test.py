@@ -247,6 +247,12 @@ def test_costs_of_replicas_agree_with_those_of_one(name):
             assert count(layers, BATCH) == planned.phase(phase).flops + of_input
 
 
+def test_what_replica_cost_does_not_know_is_refused():
+    planned = _plan(MODELS["perceptron"](), fisher_approx="ekfac")
+    with pytest.raises(ValueError, match="not known of ekfac.*which dense"):
+        planned.on_replicas()
+
+
 def test_layers_that_share_a_factor_follow_each_other():
     layers = _plan(MODELS["attention"]()).on_replicas()
     kinds = [layer.row_factor for layer in layers]
