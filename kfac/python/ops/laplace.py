@@ -40,13 +40,8 @@ class LaplacePosterior:
         Raises:
           ValueError: a number is not positive.
         """
-        for name, value in (
-            ("num_cases", num_cases),
-            ("prior_precision", prior_precision),
-        ):
-            static = tf.get_static_value(value)
-            if static is not None and not static > 0:
-                raise ValueError(f"{name} must be positive, got {value!r}.")
+        scalars.refuse_unless_positive("num_cases", num_cases)
+        scalars.refuse_unless_positive("prior_precision", prior_precision)
         self._estimator = estimator
         self.mean = curvature_operator.flatten(
             estimator,

@@ -137,13 +137,13 @@ class DampedCurvature:
     Args:
       layer_collection: `LayerCollection` with the losses (layers are not needed).
       variables: the parameters.
-      damping: scalar, positive.
+      damping: scalar, positive (or zero, if C has an inverse).
       num_cases: number of cases the losses are of, an int or integer scalar: C is a
         mean over them.
       matrix: one of `MATRICES`.
 
     Raises:
-      ValueError: unknown matrix, or no losses.
+      ValueError: unknown matrix, no losses, or a negative number.
       MissingTargetsError: see `EmpiricalFisherProductComputer`.
     """
 
@@ -157,6 +157,8 @@ class DampedCurvature:
         matrix: str = FISHER,
     ):
         check_matrix(matrix)
+        scalars.refuse_unless_positive("damping", damping, or_zero=True)
+        scalars.refuse_unless_positive("num_cases", num_cases)
         if not layer_collection.losses:
             raise ValueError("No loss is registered, so there is no curvature.")
         self._variables = list(variables)

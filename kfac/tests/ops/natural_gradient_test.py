@@ -203,6 +203,16 @@ def test_an_unknown_matrix_is_refused():
         _run(estimator_cases.DENSE_SOFTMAX, lambda m: _curvature(m, "hessian"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("damping", -1.0), ("damping", np.nan), ("num_cases", 0), ("num_cases", -3)],
+)
+def test_numbers_that_make_no_sense_are_refused(name, value):
+    arguments = {"damping": 0.1, "num_cases": 3, name: value}
+    with pytest.raises(ValueError, match=f"{name} must be positive"):
+        natural_gradient.DampedCurvature(None, [], **arguments)
+
+
 def test_the_empirical_matrix_needs_targets():
     with pytest.raises(MissingTargetsError, match="needs targets"):
         _run(

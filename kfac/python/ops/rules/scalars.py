@@ -32,3 +32,21 @@ def whole(value: Any) -> Any:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return int(value) if value == value // 1 else value
     return value
+
+
+def refuse_unless_positive(name: str, value: Any, or_zero: bool = False) -> None:
+    """Checks a number as far as it is known statically.
+
+    Args:
+      name: of the argument.
+      value: number, or a scalar tensor, which may have no static value.
+      or_zero: whether zero is legal.
+
+    Raises:
+      ValueError: it is not positive, or NaN.
+    """
+    static = tf.get_static_value(value)
+    if static is None or static > 0 or (or_zero and static == 0):
+        return
+    expected = "positive or zero" if or_zero else "positive"
+    raise ValueError(f"{name} must be {expected}, got {value!r}.")
