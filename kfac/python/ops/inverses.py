@@ -19,6 +19,8 @@ they cost nothing unless needed.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -62,9 +64,7 @@ def damped_inverse(
     if method not in _INVERT:
         raise KeyError(f"Unknown method {method!r}; choose one of {sorted(_INVERT)}.")
     previous = None if previous is None else [previous]
-    (inverse,), fell_back = with_fallbacks(
-        lambda damped: [_INVERT[method](damped)], matrix, damping, previous
-    )
+    (inverse,), fell_back = with_fallbacks(_INVERT[method], matrix, damping, previous)
     return inverse, fell_back
 
 
@@ -74,7 +74,7 @@ def damped_cholesky(
     """Lower triangular L with `L Lᵀ = matrix + damping I`, and whether replaced."""
     previous = None if previous is None else [previous]
     (factor,), fell_back = with_fallbacks(
-        lambda damped: [tf.linalg.cholesky(damped)], matrix, damping, previous
+        Factorisation(("cholesky",)), matrix, damping, previous
     )
     return factor, fell_back
 
@@ -91,13 +91,9 @@ def damped_cholesky_inverse(
       damping: scalar or batch.
       previous: last good `(L, L^-1)`, or None.
     """
-
-    def attempt(damped):
-        factor = tf.linalg.cholesky(damped)
-        return [factor, triangular_inverse(factor)]
-
+    kinds = ("cholesky", "cholesky_inverse")
     (factor, inverse), fell_back = with_fallbacks(
-        attempt, matrix, damping, previous, num_results=2
+        Factorisation(kinds), matrix, damping, previous, num_results=2
     )
     return factor, inverse, fell_back
 
@@ -143,6 +139,29 @@ def damped_power(
     return power, tf.logical_not(good)
 
 
+@dataclasses.dataclass(frozen=True)
+class Factorisation:
+    """What one Cholesky factorisation `matrix = L Lᵀ` gives.
+
+    Attributes:
+      kinds: any of "cholesky" (L), "cholesky_inverse" (`L^-1`) and "inverse".
+    """
+
+    kinds: tuple[str, ...]
+
+    def __call__(self, matrix: tf.Tensor) -> list[tf.Tensor]:
+        """The matrices of those kinds, not finite where the factorisation fails."""
+        results = {"cholesky": tf.linalg.cholesky(matrix)}
+        if self.kinds != ("cholesky",):
+            inverse = triangular_inverse(results["cholesky"])
+            results["cholesky_inverse"] = inverse
+        if "inverse" in self.kinds:
+            # One triangular inverse and one product take about a third of the time of
+            # `cholesky_solve` against the identity.
+            results["inverse"] = tf.matmul(inverse, inverse, transpose_a=True)
+        return [results[kind] for kind in self.kinds]
+
+
 def with_fallbacks(
     attempt: Callable[[tf.Tensor], list[tf.Tensor]],
     matrix: tf.Tensor,
@@ -154,59 +173,89 @@ def with_fallbacks(
 
     Args:
       attempt: takes the damped matrix, returns several functions of it, for instance
-        of one factorisation; not finite where it fails.
+        of one factorisation; not finite where it fails.  It is traced once for all
+        matrices: equal ones must do the same, and they must be hashable.
       matrix: symmetric `[..., n, n]`.
       damping: scalar or batch.
       previous: last good results, or None. They are used together or not at all.
       num_results: how many matrices `attempt` returns.
     """
     damped, finite = _finite_or_identity(_add_to_diagonal(matrix, damping))
-    scale = tf.reduce_mean(tf.abs(tf.linalg.diag_part(damped)), axis=-1)
-    jitters = (0.0, *config.settings().cholesky_jitters)
-
-    def unfinished(round_, good, *_):
-        bad_left = tf.logical_not(tf.reduce_all(good))
-        return tf.logical_and(bad_left, round_ < len(jitters))
-
-    def next_round(round_, good, fell_back, *results):
-        jitter = tf.gather(tf.constant(jitters, damped.dtype), round_)
-        new = attempt(_add_to_diagonal(damped, jitter * scale))
-        kept = [
-            tf.where(_over_matrix(good), old, result)
-            for old, result in zip(results, new, strict=True)
-        ]
-        good = tf.logical_or(good, _all_finite(*new))
-        # Whatever the first, unjittered, round leaves bad has fallen back.
-        fell_back = tf.logical_or(fell_back, tf.logical_not(good))
-        return (round_ + 1, good, fell_back, *kept)
-
-    none = tf.zeros_like(finite)
-    start = [tf.zeros_like(damped) for _ in range(num_results)]
-    _, good, fell_back, *results = tf.while_loop(
-        unfinished, next_round, (tf.constant(0), none, none, *start)
+    try_jitters = _jitter_trial(
+        attempt,
+        num_results,
+        tuple(config.settings().cholesky_jitters),
+        damped.dtype,
+        damped.shape.rank,
     )
+    good, fell_back, *results = try_jitters(damped)
+    for tensor in results:
+        tensor.set_shape(damped.shape)
+    for flags in (good, fell_back):
+        flags.set_shape(finite.shape)
     results = _replace_bad(results, tf.logical_and(good, finite), previous)
     return results, tf.logical_or(fell_back, tf.logical_not(finite))
 
 
-def _cholesky_inverse(damped: tf.Tensor) -> tf.Tensor:
-    # One triangular inverse and one product take about a third of the time of
-    # `cholesky_solve` against the identity.
-    inverse = triangular_inverse(tf.linalg.cholesky(damped))
-    return tf.matmul(inverse, inverse, transpose_a=True)
+@functools.cache
+def _jitter_trial(
+    attempt: Callable[[tf.Tensor], list[tf.Tensor]],
+    num_results: int,
+    jitters: tuple[float, ...],
+    dtype: tf.DType,
+    rank: int,
+) -> Callable[[tf.Tensor], tuple]:
+    """Function of matrices of any size, so that all factors of a model share a trace.
+
+    It returns flags of success and of failure without jitter, and the results.
+    """
+    jitters = (0.0, *jitters)
+
+    def try_jitters(damped):
+        scale = tf.reduce_mean(tf.abs(tf.linalg.diag_part(damped)), axis=-1)
+
+        def unfinished(round_, good, *_):
+            bad_left = tf.logical_not(tf.reduce_all(good))
+            return tf.logical_and(bad_left, round_ < len(jitters))
+
+        def next_round(round_, good, fell_back, *results):
+            jitter = tf.gather(tf.constant(jitters, damped.dtype), round_)
+            new = attempt(_add_to_diagonal(damped, jitter * scale))
+            kept = [
+                tf.where(_over_matrix(good), old, result)
+                for old, result in zip(results, new, strict=True)
+            ]
+            good = tf.logical_or(good, _all_finite(*new))
+            # Whatever the first, unjittered, round leaves bad has fallen back.
+            fell_back = tf.logical_or(fell_back, tf.logical_not(good))
+            return (round_ + 1, good, fell_back, *kept)
+
+        none = tf.zeros_like(scale, tf.bool)
+        start = [tf.zeros_like(damped) for _ in range(num_results)]
+        _, *found = tf.while_loop(
+            unfinished, next_round, (tf.constant(0), none, none, *start)
+        )
+        return found
+
+    spec = tf.TensorSpec([None] * rank, dtype)
+    return tf.function(try_jitters, input_signature=[spec], autograph=False)
 
 
-def _eig_inverse(damped: tf.Tensor) -> tf.Tensor:
+def _eig_inverse(damped: tf.Tensor) -> list[tf.Tensor]:
     values, vectors = tf.linalg.eigh(damped)
     # An indefinite matrix is as bad here as it is for a Cholesky factorisation.
     values = tf.where(values > 0, values, tf.constant(float("nan"), values.dtype))
-    return tf.matmul(vectors / values[..., None, :], vectors, transpose_b=True)
+    return [tf.matmul(vectors / values[..., None, :], vectors, transpose_b=True)]
+
+
+def _plain_inverse(damped: tf.Tensor) -> list[tf.Tensor]:
+    return [tf.linalg.inv(damped)]
 
 
 _INVERT = {
-    "cholesky": _cholesky_inverse,
+    "cholesky": Factorisation(("inverse",)),
     "eig": _eig_inverse,
-    "matrix_inverse": tf.linalg.inv,
+    "matrix_inverse": _plain_inverse,
 }
 
 
@@ -234,6 +283,8 @@ def _replace_bad(
 def _per_matrix(value: Any, dtype: tf.DType, axes: int) -> tf.Tensor:
     """`value`, a scalar or a batch, with that many new trailing axes."""
     value = scalars.cast(value, dtype)
+    if value.shape.rank == 0:
+        return value
     return tf.reshape(value, tf.concat([tf.shape(value), [1] * axes], axis=0))
 
 
@@ -266,6 +317,6 @@ def _over_matrix(flags: tf.Tensor) -> tf.Tensor:
 
 
 def _identity_like(matrix: tf.Tensor) -> tf.Tensor:
-    return tf.linalg.set_diag(
-        tf.zeros_like(matrix), tf.ones_like(tf.linalg.diag_part(matrix))
-    )
+    """An identity that broadcasts against the matrix, or the batch of matrices."""
+    side = tf.compat.dimension_value(matrix.shape[-1])
+    return tf.eye(tf.shape(matrix)[-1] if side is None else side, dtype=matrix.dtype)

@@ -359,17 +359,11 @@ def _factorise(
         yield ["inverse"], [inverse], fell_back
     if not kinds:
         return
-
-    def attempt(damped):
-        results = {"cholesky": tf.linalg.cholesky(damped)}
-        if kinds != ["cholesky"]:
-            inverse = inverses.triangular_inverse(results["cholesky"])
-            results["cholesky_inverse"] = inverse
-        if "inverse" in kinds:
-            results["inverse"] = tf.matmul(inverse, inverse, transpose_a=True)
-        return [results[kind] for kind in kinds]
-
     values, fell_back = inverses.with_fallbacks(
-        attempt, cov, damping, [previous[kind] for kind in kinds], len(kinds)
+        inverses.Factorisation(tuple(kinds)),
+        cov,
+        damping,
+        [previous[kind] for kind in kinds],
+        len(kinds),
     )
     yield kinds, values, fell_back
