@@ -29,6 +29,8 @@ import tensorflow as tf
 from kfac.python.ops import config
 from kfac.python.ops.rules import scalars
 
+tf1 = tf.compat.v1
+
 
 class Eigendecomposition(NamedTuple):
     """`V diag(eigenvalues) Vᵀ`.
@@ -238,7 +240,16 @@ def _jitter_trial(
         return found
 
     spec = tf.TensorSpec([None] * rank, dtype)
-    return tf.function(try_jitters, input_signature=[spec], autograph=False)
+    traced = tf.function(try_jitters, input_signature=[spec], autograph=False)
+
+    def in_any_graph(damped):
+        # On another device than the predicate's, a function that has a loop makes a
+        # branch of v1 control flow hang where it is not taken.
+        if tf1.control_flow_v2_enabled() or tf.inside_function():
+            return traced(damped)
+        return try_jitters(damped)
+
+    return in_any_graph
 
 
 def _eig_inverse(damped: tf.Tensor) -> list[tf.Tensor]:
