@@ -10,8 +10,8 @@ import keras
 import tensorflow as tf
 
 from kfac.python.keras import option_checks
+from kfac.python.keras.exact_products import TracedWithExactProducts
 from kfac.python.keras.optimizers import Kfac
-from kfac.python.keras.traced import TracedKfac
 from kfac.python.ops import fishleg, layer_inverses, report, utils
 from kfac.python.ops.natural_gradient import DampedCurvature
 from kfac.python.ops.optimizer.update_steps import Pair, tensors_of, variables_of
@@ -25,7 +25,7 @@ _LOSS, _RESIDUAL = "auxiliary_loss", "auxiliary_residual"
 tf1 = tf.compat.v1
 
 
-class TracedFishLeg(TracedKfac):
+class TracedFishLeg(TracedWithExactProducts):
     """`TracedKfac` that preconditions by a learned inverse.
 
     Where the inverse is due for training, the model is registered on part of the

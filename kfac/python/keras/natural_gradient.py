@@ -10,13 +10,13 @@ import keras
 import tensorflow as tf
 
 from kfac.python.keras import option_checks
+from kfac.python.keras.exact_products import TracedWithExactProducts
 from kfac.python.keras.optimizers import Kfac
-from kfac.python.keras.traced import TracedKfac
 from kfac.python.ops import natural_gradient, report, utils
 from kfac.python.ops.fisher_factors import stored
 from kfac.python.ops.layer_collection import LayerCollection
 from kfac.python.ops.optimizer.update_steps import Pair, tensors_of, variables_of
-from kfac.python.ops.rules import quadratic_model, scalars
+from kfac.python.ops.rules import scalars
 
 # Backward passes spent on the diagonal in a step; it is averaged over steps.
 _DIAGONAL_SAMPLES = 2
@@ -26,26 +26,24 @@ _ITERATIONS, _RESIDUAL = "cg_iterations", "cg_residual"
 tf1 = tf.compat.v1
 
 
-class TracedNaturalGradient(TracedKfac):
+class TracedNaturalGradient(TracedWithExactProducts):
     """`TracedKfac` that preconditions by conjugate gradients.
 
     Momentum, clipping, weight decay, the quadratic model and damping adaptation are
     those of K-FAC; only the inverse curvature is another one.
 
     Args:
-      *args: of `TracedKfac`.
-      curvature: one of `natural_gradient.MATRICES`.
+      *args: of `TracedWithExactProducts`, like `curvature`.
       preconditioner: of CG: None, "diagonal" or "kfac".
       cg_iterations: most iterations of a step.
       cg_tolerance: relative residual that ends the iteration.
       warm_start: whether to begin with the solution of the step before.
-      **kwargs: of `TracedKfac`.
+      **kwargs: of `TracedWithExactProducts`.
     """
 
     def __init__(
         self,
         *args: Any,
-        curvature: str,
         preconditioner: str | None,
         cg_iterations: int,
         cg_tolerance: Any,
@@ -53,23 +51,14 @@ class TracedNaturalGradient(TracedKfac):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self._curvature = curvature
         self._preconditioner = preconditioner
         self._cg_iterations = cg_iterations
         self._cg_tolerance = cg_tolerance
         self._warm_start = warm_start
         self._diagonal_decay = kwargs["cov_ema_decay"]
-        self._products_part: tuple[LayerCollection, Any] | None = None
         with tf1.variable_scope(self._scope, auxiliary_name_scope=False):
             self._last_iterations = self._step_counter(_ITERATIONS)
             self._last_residual = self._scalar(_RESIDUAL)
-
-    @property
-    def mat_type(self) -> str:
-        """ "GGN" or "Fisher": the matrix of the quadratic model."""
-        if self._curvature == natural_gradient.GGN:
-            return "GGN"
-        return "Fisher"
 
     # ---------------------------------------------------------------- curvature
 
@@ -111,24 +100,6 @@ class TracedNaturalGradient(TracedKfac):
         return super()._update_statistics(should_decay) if self._uses_kfac else []
 
     # ---------------------------------------------------------------- the solution
-
-    def _quadratic_model_losses(self) -> tuple[LayerCollection, Any]:
-        """One forward pass for CG and for the quadratic model."""
-        if self._products_part is None:
-            self._products_part = super()._quadratic_model_losses()
-        return self._products_part
-
-    def _damped_curvature(
-        self, variables: Sequence[Any]
-    ) -> natural_gradient.DampedCurvature:
-        collection, cases = self._quadratic_model_losses()
-        return natural_gradient.DampedCurvature(
-            collection,
-            variables,
-            damping=scalars.cast(self._fisher_est.damping, variables[0].dtype),
-            num_cases=cases,
-            matrix=self._curvature,
-        )
 
     def _multiply_preconditioner(self, vecs_and_vars: Sequence[Pair]) -> list[Pair]:
         variables = variables_of(vecs_and_vars)
@@ -179,22 +150,6 @@ class TracedNaturalGradient(TracedKfac):
             diagonal = [tf.identity(average.value) for average in averages]
         return natural_gradient.diagonal_preconditioner(
             diagonal, self._fisher_est.damping
-        )
-
-    def _compute_approx_qmodel_change(
-        self, updates_and_vars: Sequence[Pair], grads_and_vars: Sequence[Pair]
-    ) -> tf.Tensor:
-        """As in K-FAC, with the exact damped curvature."""
-        updates = tensors_of(updates_and_vars)
-        curvature = self._damped_curvature(variables_of(updates_and_vars))
-        norm = utils.ip(updates, curvature.multiply(updates))
-        damping = scalars.cast(self._fisher_est.damping, norm.dtype)
-        share = scalars.cast(self._damping_share_left_out(), norm.dtype)
-        return quadratic_model.regular_change(
-            norm,
-            utils.ip(updates, tensors_of(grads_and_vars)),
-            utils.ip(updates, updates),
-            surplus_damping=damping * share,
         )
 
     def _starts(self, variables: Sequence[Any]) -> list[tf.Variable]:

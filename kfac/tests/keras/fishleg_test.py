@@ -143,8 +143,9 @@ def test_learning_goes_on_after_a_batch_that_is_not_finite():
         ({"jit_compile": True}, {"momentum_type": "regular"}),
         ({}, {"num_burnin_steps": 2, "norm_constraint": 0.1}),
         ({}, {"adaptive": True, "learning_rate": None}),
+        ({}, {"momentum_type": "regular", "adapt_damping": True}),
     ],
-    ids=["eager", "xla", "burn-in", "adaptive"],
+    ids=["eager", "xla", "burn-in", "adaptive", "adapted damping"],
 )
 def test_the_training_loss_falls(mode, options):
     keras.utils.set_random_seed(3)
