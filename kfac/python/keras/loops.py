@@ -115,6 +115,9 @@ class LoopsMixin:
             )
             working.step_function = (function, loss)
         batch = batches.Batch(x, y, sample_weight).as_tensors()
+        # Before it is traced: a trace that makes variables and fails leaves a function
+        # that can make none.
+        self._prototype_for(batch)
         return working.step_function[0](*batch.parts())
 
     def _build_step(self, x: Any, y: Any, sample_weight: Any) -> dict[str, tf.Tensor]:

@@ -133,6 +133,7 @@ _UNIT = Kind("a number in [0, 1]", lambda value: number(value, most=1.0))
 _RATIO = Kind("a finite number", lambda value: number(value, least=-math.inf))
 _PERIOD = Kind("an integer that counts steps, from 1", _count(1))
 _WEIGHT = Kind("a finite number, 0 or more, or a list or dictionary of them", number)
+_CASES = Kind("an integer that counts cases, from 1", _count(1))
 _FUNCTION = Kind("a callable", _callable)
 
 # What may also be a scalar tensor or a variable.
@@ -276,6 +277,15 @@ def loss_weight(value: Any) -> float:
       ValueError: it is none.
     """
     return _plain("loss_weights", value, _WEIGHT)
+
+
+def batch_size(value: Any) -> int:
+    """A number of cases as an int.
+
+    Raises:
+      ValueError: it is none.
+    """
+    return _plain("batch_size", value, _CASES)
 
 
 def is_schedule(value: Any) -> bool:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kfac.python.keras import arguments
+from kfac.python.keras import arguments, option_checks
 from kfac.python.keras.cost_trace import CostTrace, input_specs
 from kfac.python.keras.layer_cost import LayerCost
 from kfac.python.keras.models import PureModel
@@ -150,8 +150,10 @@ def plan(
       The figures.
 
     Raises:
-      ValueError: unknown options, unknown shapes, or the optimizer is no `Kfac`.
+      ValueError: no batch size, unknown options or shapes, or the optimizer is no
+        `Kfac`.
     """
+    batch_size = option_checks.batch_size(batch_size)
     options = _options(model, optimizer, options)
     pure = PureModel(model, loss="mean_squared_error")  # Any loss costs the same.
     traced = CostTrace(

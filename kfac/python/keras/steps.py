@@ -335,13 +335,16 @@ class StepsMixin:
 
     def _prototype_for(self, batch: batches.Batch) -> Prototype:
         """That of the present trainable variables; makes what is not made yet."""
+        working = self._working
         model = self._known_model().model
         if not getattr(model, "built", True):
             model(batch.x, training=False)
-        if self._recorder.specs is None:
-            self._recorder.specs = batch.specs()
-        self.build(model.trainable_variables)
-        return self._working.prototypes[_key(model.trainable_variables)]
+        before, working.batch = working.batch, batch  # Its shapes are known.
+        try:
+            self.build(model.trainable_variables)
+        finally:
+            working.batch = before
+        return working.prototypes[_key(model.trainable_variables)]
 
     def _watch(self, traced, grads, variables, batch) -> step_watch.StepWatch:
         """Looks at the step from outside: undoes and measures it, if asked to."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import kfac
 from kfac.python.keras import option_checks
 from kfac.python.keras.arguments import DEFAULTS
 from kfac.python.keras.optimizers import CurvatureUpdates, Kfac
@@ -148,3 +149,24 @@ def test_after_a_refusal_at_the_first_step_another_optimizer_trains_the_model():
     cases.make(model)
     losses = cases.losses_of_fit(model, x, y)
     assert losses[-1] < losses[0]
+
+
+def test_a_plan_needs_a_number_of_cases():
+    model = cases.sequential()
+    for value in (0, 1.5, "32", None, True):
+        with pytest.raises(ValueError, match="batch_size"):
+            kfac.keras.plan(model, value, print_fn=None)
+    planned = kfac.keras.plan(model, np.int64(32), print_fn=None)
+    assert type(planned.batch_size) is int
+
+
+def test_after_a_batch_of_the_wrong_shape_the_next_step_is_taken():
+    model = cases.sequential()
+    optimizer = Kfac(**PLAIN, model=model, loss=cases.sparse_logits())
+    x, y = cases.data()
+    with pytest.raises(ValueError, match="shape"):
+        optimizer.step(x[:, :3], y)
+    assert int(optimizer.state_variable("kfac/counter")) == 0
+    losses = [float(optimizer.step(x, y)["loss"]) for _ in range(3)]
+    assert losses[-1] < losses[0]
+    assert int(optimizer.iterations) == 3
