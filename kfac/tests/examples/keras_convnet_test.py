@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+import kfac
 from kfac.examples import keras_convnet, keras_models, program, reporting
 from kfac.tests.examples import example_runs
 
@@ -109,3 +110,16 @@ def test_the_rate_of_the_sweep_is_used(monkeypatch):
     # The least loss is that of the first rate here.
     assert used[-1] == ("sgd", keras_convnet.GRIDS["sgd"][0], 9.0)
     assert [entry[2] for entry in used[:-1]] == [2.0] * 4
+
+
+@pytest.mark.parametrize("name", keras_models.MODELS)
+def test_kfac_has_a_block_for_every_layer_of_the_models(name):
+    model = keras_models.MODELS[name]()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    optimizer = kfac.keras.optimizers.Kfac(
+        learning_rate=0.01, damping=0.01, model=model, loss=loss
+    )
+    rows = optimizer.explain(print_fn=None)
+    assert [row.reason for row in rows] == [None] * len(rows)
+    covered = [path for row in rows for path in row.variables]
+    assert sorted(covered) == sorted(v.path for v in model.trainable_variables)
