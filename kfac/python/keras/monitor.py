@@ -56,8 +56,8 @@ class CurvatureMonitor(keras.callbacks.Callback):
     Args:
       every: batches between readings of the scalars.
       spectra_every: batches between spectra of the factors; None for once an epoch.
-      max_side: factors with more rows get no spectrum (it takes `4/3 side**3`
-        operations on the host).
+      max_side: factors with more rows, or `max_side**2` numbers on a diagonal, get no
+        spectrum (that of a matrix takes `4/3 side**3` operations on the host).
       log_dir: folder for TensorBoard; None writes none.
       csv_path: file with one row a spectrum; None writes none.
       in_logs: put values into the logs at all.
@@ -146,7 +146,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         self._spectra = {
             name: spectrum(moment)
             for name, moment in self._readings.moments().items()
-            if moment.shape[0] <= self._max_side
+            if moment.size <= self._max_side**2
         }
         record = {"iterations": self._readings.iterations, **self._scalars}
         record |= self._summary()

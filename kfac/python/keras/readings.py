@@ -6,6 +6,7 @@ Nothing here adds an op to the training step.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,10 @@ from kfac.python.keras.optimizers import Kfac
 _MOMENT = "/cov/var"
 _FALLBACKS = "/fallbacks"
 _SCOPE = "FisherEstimator/"
+# The state of factors that EKFAC's eigenvalues belong to.
+_INPUT_BASIS = "/input_basis"
+# Names of factors that are diagonal, whatever the shape of their moments.
+_DIAGONAL = re.compile(r"/diagonal(_\d+)?$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +118,20 @@ class Readings:
         return {name: current[name] for name in names}
 
     def moments(self) -> dict[str, np.ndarray]:
-        """Second moments by factor, up to a positive multiple each."""
-        return {
-            name.removesuffix(_MOMENT): to_array(variable)
-            for name, variable in self._factor_state().items()
-            if name.endswith(_MOMENT)
-        }
+        """Second moments by factor, up to a positive multiple each: see `spectrum`."""
+        state = self._factor_state()
+        found = {}
+        for name, variable in state.items():
+            if not name.endswith(_MOMENT):
+                continue
+            factor, moment = name.removesuffix(_MOMENT), to_array(variable)
+            basis = state.get(factor + _INPUT_BASIS)
+            if basis is not None:
+                moment = _eigenvalues(moment, basis.shape[0])
+            elif _DIAGONAL.search(factor):
+                moment = moment.ravel()  # May have the shape of square weights.
+            found[factor] = moment
+        return found
 
     def fallbacks(self) -> dict[str, int]:
         """By factor, how many of its inverses had to be replaced."""
@@ -142,6 +155,13 @@ class Readings:
             for name, variable in self._state().items()
             if name.startswith(_SCOPE)
         }
+
+
+def _eigenvalues(moment: np.ndarray, input_side: int) -> np.ndarray:
+    """An EKFAC block's, from `[d_in, d_out]` or the sides one after the other."""
+    if moment.ndim == 1:
+        moment = np.outer(moment[:input_side], moment[input_side:])
+    return moment.ravel()
 
 
 def to_array(value: Any) -> np.ndarray:

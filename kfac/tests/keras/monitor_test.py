@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from kfac.python.keras import monitor, readings, schedule
 from kfac.python.keras.optimizers import Kfac
+from kfac.python.ops import curvature_operator
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(48, 6)).astype("float32")
@@ -168,6 +169,47 @@ def test_spectra_come_every_so_many_batches_and_only_of_small_factors():
     # The input factors have sides 6 + 1 and 4 + 1.
     assert sum("input" in name for name in named) == 1
     assert set(history) == {"loss"}
+
+
+@pytest.mark.parametrize("approximation", ["ekfac", "ekfac_product", "diagonal"])
+def test_eigenvalues_that_are_stored_as_such_are_not_taken_for_a_matrix(approximation):
+    """Also where they have a square shape, as here."""
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(4, use_bias=False),
+            keras.layers.Dense(4, use_bias=False, name="square"),
+            keras.layers.Dense(3),
+        ]
+    )
+    optimizer = Kfac(
+        learning_rate=0.05,
+        damping=0.1,
+        model=model,
+        fisher_approx={"square": approximation},
+        invert_every=2,
+        seed=0,
+    )
+    model.compile(
+        optimizer=optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    _fit(model, [])
+    operator = curvature_operator.curvature_operator(optimizer, damped=False)
+    names = [v.name for v in curvature_operator.parameters(optimizer)]
+    (position,) = [i for i, name in enumerate(names) if "square" in name]
+    sizes = [v.shape.num_elements() for v in curvature_operator.parameters(optimizer)]
+    start = sum(sizes[:position])
+    block = operator.to_dense().numpy()[start : start + 16, start : start + 16]
+    expected = readings.spectrum(block)
+    role = approximation if approximation == "diagonal" else "eigenbasis"
+    moments = readings.Readings(optimizer).moments()
+    (moment,) = [
+        m for name, m in moments.items() if name.endswith(f"square/kernel/{role}")
+    ]
+    found = readings.spectrum(moment)
+    assert found.side == 16
+    np.testing.assert_allclose(found.effective_rank, expected.effective_rank, rtol=1e-3)
 
 
 def test_phase_times_are_differences_of_medians_by_kind_of_step(monkeypatch):
