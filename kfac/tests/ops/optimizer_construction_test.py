@@ -129,6 +129,54 @@ def test_the_preconditioner_follows_an_adapted_damping(kind):
     assert after == 2.0
 
 
+FINITE = "learning_rate momentum weight_decay_coeff"
+NOT_NEGATIVE = "damping min_damping l2_reg precon_damping_mult"
+BETWEEN = "cov_ema_decay damping_adaptation_decay"
+LIMITS = "damping_decrease_rho_threshold damping_increase_rho_threshold"
+NO_SCALAR = ["x", [1.0], (0.5,), np.ones(2), {}, object(), float("nan")]
+OUT_OF_RANGE = {
+    **{name: [float("inf"), -float("inf"), None] for name in FINITE.split()},
+    **{name: [float("inf"), -1.0, None] for name in NOT_NEGATIVE.split()},
+    **{name: [1.01, -0.1, None] for name in BETWEEN.split()},
+    **{name: [None] for name in LIMITS.split()},
+    "norm_constraint": [-1.0],
+    "damping_adaptation_interval": [0, 1.5, float("inf"), None],
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_hyper_parameters_are_scalars_in_their_range(name):
+    with tf.Graph().as_default() as graph:
+        for value in [*NO_SCALAR, *OUT_OF_RANGE[name]]:
+            with pytest.raises(ValueError, match=name):
+                make("plain", **{name: value})
+        assert not graph.get_operations()
+        for value in (tf.ones([2]), tf.constant(float("nan"))):
+            with pytest.raises(ValueError, match=name):
+                make("plain", **{name: value})
+        assert not names_of_variables()
+        variable = tf1.get_variable("v", [], trainable=False)
+        for i, value in enumerate([1, np.float32(1), np.array(1.0), variable]):
+            make("plain", name=f"opt_{i}", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["invert_every", "cov_update_every"])
+def test_periods_are_whole_numbers_of_steps(name):
+    with tf.Graph().as_default() as graph:
+        for value in (0, -1, 1.5, None, "x", [1], float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"{name} counts steps"):
+                make("periodic", **{name: value})
+        assert not graph.get_operations()
+        for i, value in enumerate([2, 2.0, np.int64(2)]):
+            opt = make("periodic", name=f"opt_{i}", **{name: value})
+            assert type(getattr(opt, f"_{name}")) is int
+
+
+def test_a_loss_function_must_be_callable():
+    with tf.Graph().as_default(), pytest.raises(ValueError, match="loss_fn"):
+        make("plain", loss_fn=tf.constant(1.0))
+
+
 @pytest.mark.parametrize(
     "batch_size", [7, 7.0, np.int64(7), np.float32(7), np.array(7)]
 )

@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from kfac.python.ops import optimizer, utils
+from kfac.python.ops.optimizer import arguments
 from kfac.python.ops.utils.scheduling import done, run_if
 
 tf1 = tf.compat.v1
@@ -56,14 +57,13 @@ class PeriodicInvCovUpdateKfacOpt(optimizer.KfacOptimizer):
           ValueError: a period is not positive; burn-in inside a mirrored strategy; see
             also `KfacOptimizer`.
         """
-        for name, period in (
-            ("invert_every", invert_every),
-            ("cov_update_every", cov_update_every),
-        ):
-            if period < 1:
-                raise ValueError(f"{name} counts steps, from 1; it is {period!r}.")
-        if num_burnin_steps < 0:
-            raise ValueError(f"num_burnin_steps is negative: {num_burnin_steps!r}.")
+        invert_every = arguments.checked_count("invert_every", invert_every, least=1)
+        cov_update_every = arguments.checked_count(
+            "cov_update_every", cov_update_every, least=1
+        )
+        num_burnin_steps = arguments.checked_count(
+            "num_burnin_steps", num_burnin_steps, least=0
+        )
         if num_burnin_steps and _in_mirrored_replica():
             raise ValueError(
                 "num_burnin_steps > 0 is not supported under MirroredStrategy: its "
@@ -71,6 +71,7 @@ class PeriodicInvCovUpdateKfacOpt(optimizer.KfacOptimizer):
                 "the statistics' ops by hand before training instead."
             )
         decay = kwargs.pop("cov_ema_decay", _DEFAULT_COV_EMA_DECAY)
+        arguments.check_scalars(cov_ema_decay=decay)
         super().__init__(cov_ema_decay=decay**cov_update_every, **kwargs)
         self._invert_every = invert_every
         self._cov_update_every = cov_update_every

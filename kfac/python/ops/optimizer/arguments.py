@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
+
+from kfac.python.ops.rules import scalars
 
 MOMENTUM_TYPES = ("regular", "adam", "qmodel", "qmodel_fixedmu")
 
@@ -87,31 +92,66 @@ def check_step_size(
         )
 
 
-def check_damping(
-    damping: Any,
-    min_damping: Any,
-    l2_reg: Any,
-    damping_adaptation_decay: Any,
-    damping_adaptation_interval: Any,
-) -> None:
-    """Raises `ValueError` for values that no curvature can be damped with."""
-    for name, value in (
-        ("damping", damping),
-        ("min_damping", min_damping),
-        ("l2_reg", l2_reg),
-    ):
+class _Range(NamedTuple):
+    """Legal values; `words` says which."""
+
+    contains: Callable[[float], bool]
+    words: str
+
+
+_FINITE = _Range(math.isfinite, "finite")
+_NOT_NEGATIVE = _Range(lambda x: 0 <= x < math.inf, "at least 0, and finite")
+_NOT_NAN = _Range(lambda x: not math.isnan(x), "a number")
+_RANGES = {
+    "learning_rate": _FINITE,
+    "momentum": _FINITE,
+    "weight_decay_coeff": _FINITE,
+    "qmodel_update_rescale": _FINITE,
+    "norm_constraint": _Range(lambda x: x >= 0, "at least 0"),
+    "damping": _NOT_NEGATIVE,
+    "min_damping": _NOT_NEGATIVE,
+    "l2_reg": _NOT_NEGATIVE,
+    "precon_damping_mult": _NOT_NEGATIVE,
+    "cov_ema_decay": _Range(lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "damping_adaptation_decay": _Range(lambda x: 0 < x <= 1, "in (0, 1]"),
+    "damping_adaptation_interval": _Range(
+        lambda x: x >= 1 and x == x // 1, "at least 1, a whole number of steps"
+    ),
+    "damping_decrease_rho_threshold": _NOT_NAN,
+    "damping_increase_rho_threshold": _NOT_NAN,
+}
+_OPTIONAL = ("learning_rate", "momentum", "qmodel_update_rescale", "norm_constraint")
+
+
+def check_scalars(**values: Any) -> None:
+    """Raises `ValueError` for hyper-parameters that are no scalars in their range.
+
+    Args:
+      **values: by name: numbers, scalar tensors and variables; what is known only when
+        it is run passes.
+    """
+    for name, value in values.items():
+        if value is None and name in _OPTIONAL:
+            continue
+        shape = getattr(value, "shape", None)
+        if isinstance(value, numbers.Real):
+            shape = ()
+        if shape is None or tf.TensorShape(shape).rank not in (0, None):
+            raise ValueError(
+                f"{name} must be a number, a scalar tensor or a variable; it is "
+                f"{value!r}."
+            )
         number = _static_number(value)
-        if number is not None and not number >= 0:
-            raise ValueError(f"{name} must be at least 0, but is {number}.")
-    decay = _static_number(damping_adaptation_decay)
-    if decay is not None and not 0 < decay <= 1:
-        raise ValueError(f"damping_adaptation_decay must be in (0, 1], not {decay}.")
-    interval = _static_number(damping_adaptation_interval)
-    if interval is not None and interval < 1:
-        raise ValueError(
-            f"damping_adaptation_interval counts steps and must be at least 1, not "
-            f"{interval}."
-        )
+        if number is not None and not _RANGES[name].contains(number):
+            raise ValueError(f"{name} must be {_RANGES[name].words}, but is {number}.")
+
+
+def checked_count(name: str, value: Any, least: int) -> int:
+    """A number of steps; raises `ValueError` unless it is whole and from `least` on."""
+    count = scalars.whole(value)
+    if not isinstance(count, int) or count < least:
+        raise ValueError(f"{name} counts steps, from {least}; it is {value!r}.")
+    return count
 
 
 def floating_dtype(dtype: Any) -> tf.DType:
@@ -129,8 +169,13 @@ def floating_dtype(dtype: Any) -> tf.DType:
     return result
 
 
-def check_pre_update_loss(use_passed_loss: bool, train_batch: Any) -> None:
+def check_loss(loss_fn: Any, use_passed_loss: bool, train_batch: Any) -> None:
     """Raises `ValueError` if there is no way to compute the loss before a step."""
+    if loss_fn is not None and not callable(loss_fn):
+        raise ValueError(
+            f"loss_fn must be a function of a batch that returns the scalar loss; it "
+            f"is {loss_fn!r}."
+        )
     if not use_passed_loss and train_batch is None:
         raise ValueError(
             "use_passed_loss=False evaluates loss_fn(train_batch) before each "
@@ -155,9 +200,9 @@ def check_gradients(grads_and_vars: Sequence[tuple[Any, Any]]) -> None:
 
 def _static_number(value: Any) -> float | None:
     """The value of a number or constant tensor; None if it is known only later."""
-    if isinstance(value, tf.Variable):
+    if isinstance(value, (numbers.Real, np.ndarray)):
+        return float(value)
+    if isinstance(value, tf.Variable) or not tf.is_tensor(value):
         return None
-    if tf.is_tensor(value):
-        value = tf.get_static_value(value)
-        return None if value is None else float(value)
-    return float(value)
+    static = tf.get_static_value(value)
+    return None if static is None else float(static)

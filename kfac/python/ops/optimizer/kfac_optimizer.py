@@ -146,8 +146,7 @@ class KfacOptimizer(
           use_passed_loss: use `loss` before a step; otherwise `loss_fn(train_batch)`.
           train_batch: what `loss_fn` gets in the immediate mode.
           print_logs: whether each step prints its scalars.
-          tf_replicator: object to use in place of `tf.distribute`, see
-            `utils.set_global_constants`.
+          tf_replicator: used for `tf.distribute`, see `utils.set_global_constants`.
           dtype: of the scalar state.
           cov_batch_fraction: part of the batch used for the statistics, in (0, 1].
           qmodel_batch_fraction: part of the batch used for the curvature of the
@@ -168,14 +167,23 @@ class KfacOptimizer(
             norm_constraint,
             qmodel_update_rescale,
         )
-        arguments.check_damping(
-            damping,
-            min_damping,
-            l2_reg,
-            damping_adaptation_decay,
-            damping_adaptation_interval,
+        arguments.check_scalars(
+            learning_rate=learning_rate,
+            damping=damping,
+            cov_ema_decay=cov_ema_decay,
+            momentum=momentum,
+            weight_decay_coeff=weight_decay_coeff,
+            qmodel_update_rescale=qmodel_update_rescale,
+            norm_constraint=norm_constraint,
+            min_damping=min_damping,
+            l2_reg=l2_reg,
+            damping_adaptation_decay=damping_adaptation_decay,
+            damping_adaptation_interval=damping_adaptation_interval,
+            damping_decrease_rho_threshold=damping_decrease_rho_threshold,
+            damping_increase_rho_threshold=damping_increase_rho_threshold,
+            precon_damping_mult=precon_damping_mult,
         )
-        arguments.check_pre_update_loss(use_passed_loss, train_batch)
+        arguments.check_loss(loss_fn, use_passed_loss, train_batch)
         sub_batch.check_fraction("cov_batch_fraction", cov_batch_fraction)
         sub_batch.check_fraction("qmodel_batch_fraction", qmodel_batch_fraction)
         if self._uses_quadratic_model:
@@ -218,8 +226,7 @@ class KfacOptimizer(
         with config.restored_on_error():
             if tf_replicator is not None:
                 utils.set_global_constants(tf_replicator=tf_replicator)
-            # Makes no variable, but looks at all other arguments: before the state is
-            # made, so that a name is not taken by an optimizer that does not exist.
+            # First, for it checks arguments and makes no variable.
             self._fisher_est = estimator.make_fisher_estimator(
                 placement_strategy=placement_strategy,
                 variables=self._variables_to_train(var_list),
