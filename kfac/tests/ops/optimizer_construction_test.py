@@ -43,6 +43,8 @@ REFUSED = {
     "variables that are no list": ({"var_list": 3}, TypeError),
     "negative batch": ({"batch_size": -1}, ValueError),
     "half a case": ({"batch_size": 0.5}, ValueError),
+    "sizes of several batches": ({"batch_size": [4, 4]}, ValueError),
+    "a batch size in words": ({"batch_size": "four"}, ValueError),
     "empty part of the batch": ({"cov_batch_fraction": 0.0}, ValueError),
     "bad keyword with a replicator": (
         {"tf_replicator": Replicator(), "cov_device": None},

@@ -18,10 +18,15 @@ def checked_argument(batch_size: Any) -> Any:
     """The argument `batch_size`: an int wherever it is a whole number.
 
     Raises:
-      ValueError: a number that cannot count cases.
+      ValueError: something that cannot count cases.
     """
     size = scalars.whole(batch_size)
-    if isinstance(size, numbers.Real) and not (isinstance(size, int) and size >= 1):
+    if isinstance(size, numbers.Real):
+        is_count = isinstance(size, int) and size >= 1
+    else:
+        shape = tf.TensorShape(getattr(size, "shape", [None]))
+        is_count = size is None or shape.rank in (0, None)
+    if not is_count:
         raise ValueError(
             f"batch_size counts the cases per replica; it is {batch_size!r}. Give a "
             "positive integer, or a scalar integer tensor."
