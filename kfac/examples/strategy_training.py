@@ -12,7 +12,8 @@ import tensorflow as tf
 from absl import flags, logging
 
 from kfac.examples import datasets, reporting
-from kfac.python.keras import distributed_loop, optimizers, strategies
+from kfac.python.keras import distributed, optimizers
+from kfac.python.keras.distributed import strategies
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("strategy", "none", strategies.KINDS, "How work is distributed.")
@@ -92,7 +93,7 @@ def run(task: Task) -> dict[str, float]:
     tf.get_logger().setLevel("ERROR")  # It tells of every collective.
     logging.set_verbosity(logging.ERROR)
     # Before anything else of TensorFlow, which configures devices.
-    strategy = strategies.make_strategy(
+    strategy = distributed.make_strategy(
         FLAGS.strategy, FLAGS.num_replicas, FLAGS.tpu, FLAGS.collective_timeout
     )
     data = datasets.load(FLAGS.dataset, FLAGS.data_dir)
@@ -111,9 +112,7 @@ def run(task: Task) -> dict[str, float]:
             cov_batch_fraction=FLAGS.cov_batch_fraction,
             placement_strategy="replica_round_robin" if shares else None,
         )
-    loop = distributed_loop.DistributedLoop(
-        strategy, model, optimizer, FLAGS.checkpoint_dir
-    )
+    loop = distributed.DistributedLoop(strategy, model, optimizer, FLAGS.checkpoint_dir)
     _say_what_begins(strategy, loop, data)
     test_batches = tf.data.Dataset.from_tensor_slices(test).batch(1000)
 
@@ -130,7 +129,7 @@ def run(task: Task) -> dict[str, float]:
             evaluate_every=FLAGS.eval_every,
             report=_report,
         )
-    except distributed_loop.PeerLostError as error:
+    except distributed.PeerLostError as error:
         sys.exit(f"PeerLostError: {error}")  # Where it happened says nothing.
     taken = int(loop.step.numpy())
     if strategies.is_multi_worker(strategy):
@@ -154,7 +153,7 @@ def run(task: Task) -> dict[str, float]:
 
 def _say_what_begins(
     strategy: tf.distribute.Strategy,
-    loop: distributed_loop.DistributedLoop,
+    loop: distributed.DistributedLoop,
     data: datasets.ImageData,
 ) -> None:
     is_chief = strategies.is_chief(strategy)

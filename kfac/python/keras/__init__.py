@@ -2,16 +2,18 @@
 
 from kfac.python.keras import (
     callbacks,
+    distributed,
     fishleg,
     natural_gradient,
     optimizers,
     saving_utils,
     utils,
 )
-from kfac.python.keras.planning import plan
+from kfac.python.keras.planning.plan import plan
 
 __all__ = [
     "callbacks",
+    "distributed",
     "fishleg",
     "natural_gradient",
     "optimizers",

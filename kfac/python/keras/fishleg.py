@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from kfac.python.keras import option_checks
 from kfac.python.keras.exact_products import TracedWithExactProducts
-from kfac.python.keras.optimizers import Kfac
+from kfac.python.keras.kfac_optimizer import Kfac
 from kfac.python.ops import fishleg, layer_inverses, report, utils
 from kfac.python.ops.natural_gradient import DampedCurvature
 from kfac.python.ops.optimizer.update_steps import Pair, tensors_of, variables_of

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from kfac.python.keras import option_checks
 from kfac.python.keras.exact_products import TracedWithExactProducts
-from kfac.python.keras.optimizers import Kfac
+from kfac.python.keras.kfac_optimizer import Kfac
 from kfac.python.ops import natural_gradient, report, utils
 from kfac.python.ops.fisher_factors import stored
 from kfac.python.ops.layer_collection import LayerCollection

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kfac.python.keras.optimizers import Kfac
+from kfac.python.keras.kfac_optimizer import Kfac
 
 _MOMENT = "/cov/var"
 _FALLBACKS = "/fallbacks"

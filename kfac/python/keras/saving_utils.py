@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from kfac.python.keras.optimizers import Kfac
+from kfac.python.keras.kfac_optimizer import Kfac
 
 
 def load_model(

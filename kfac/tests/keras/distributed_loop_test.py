@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kfac.python.keras import distributed_loop, strategies
-from kfac.python.keras.distributed_loop import DistributedLoop, PeerLostError
+from kfac.python.keras.distributed import loop as distributed_loop
+from kfac.python.keras.distributed import strategies
+from kfac.python.keras.distributed.loop import DistributedLoop, PeerLostError
 from kfac.python.keras.optimizers import Kfac
 
 FEATURES = 3

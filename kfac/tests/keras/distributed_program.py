@@ -20,10 +20,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from kfac.python.keras import planning, strategies
-from kfac.python.keras.distributed_loop import DistributedLoop
-from kfac.python.keras.fit_on_workers import FitOnWorkers
+from kfac.python.keras.distributed import strategies
+from kfac.python.keras.distributed.fit_on_workers import FitOnWorkers
+from kfac.python.keras.distributed.loop import DistributedLoop
 from kfac.python.keras.optimizers import Kfac
+from kfac.python.keras.planning import plan as planning
 from kfac.tests.ops.distributed_program import ExecutedWork
 
 FEATURES, CLASSES = 4, 3

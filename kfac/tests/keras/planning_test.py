@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kfac.python.keras import graph_cost, planning
 from kfac.python.keras.optimizers import Kfac
+from kfac.python.keras.planning import graph_cost
+from kfac.python.keras.planning import plan as planning
 from kfac.python.ops import estimator, replica_cost, state
 from kfac.python.ops.layer_collection import LayerCollection
 

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from kfac.python.keras import strategies
+from kfac.python.keras.distributed import strategies
 from kfac.python.keras.fishleg import FishLeg
 from kfac.tests.keras import distributed_program as program
 

@@ -12,8 +12,9 @@ import pytest
 import tensorflow as tf
 
 import kfac
-from kfac.python.keras import distributed_loop, strategies
-from kfac.python.keras.fit_on_workers import FitOnWorkers
+from kfac.python.keras.distributed import loop as distributed_loop
+from kfac.python.keras.distributed import strategies
+from kfac.python.keras.distributed.fit_on_workers import FitOnWorkers
 from kfac.python.keras.optimizers import Kfac
 from kfac.tests.keras import keras_cases as cases
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kfac.python.keras import arguments, option_checks
-from kfac.python.keras.cost_trace import CostTrace, input_specs
-from kfac.python.keras.layer_cost import LayerCost
+from kfac.python.keras.kfac_optimizer import Kfac
 from kfac.python.keras.models import PureModel
-from kfac.python.keras.optimizers import Kfac
+from kfac.python.keras.planning.cost_trace import CostTrace, input_specs
+from kfac.python.keras.planning.layer_cost import LayerCost
 from kfac.python.ops import replica_cost, report
 from kfac.python.ops.layer_collection import approximations
 

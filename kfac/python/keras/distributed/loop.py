@@ -3,12 +3,13 @@
 Keras' `fit` does not run under `MultiWorkerMirroredStrategy`; this does, and under
 every other strategy, with the same results:
 
-    strategy = strategies.make_strategy("multi_worker")
+    strategy = kfac.keras.distributed.make_strategy("multi_worker")
     with strategy.scope():
         model = keras.Sequential([keras.Input([784]), keras.layers.Dense(10)])
         optimizer = kfac.keras.optimizers.Kfac(
             learning_rate=0.05, damping=0.01, model=model, loss="mse")
-    loop = DistributedLoop(strategy, model, optimizer, directory="checkpoints")
+    loop = kfac.keras.distributed.DistributedLoop(
+        strategy, model, optimizer, directory="checkpoints")
     loop.run(dataset, steps=1000, checkpoint_every=100)
 
 **Data.** `dataset` gives the batches of all replicas together; each takes its part.
@@ -35,7 +36,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from kfac.python.keras import strategies
+from kfac.python.keras.distributed import strategies
 from kfac.python.keras.models import tf_variable
 from kfac.python.ops import utils
 

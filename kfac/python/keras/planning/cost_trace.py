@@ -8,9 +8,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from kfac.python.keras import graph_cost
-from kfac.python.keras.layer_cost import layer_costs
 from kfac.python.keras.models import PureModel, tf_variable
+from kfac.python.keras.planning import graph_cost
+from kfac.python.keras.planning.layer_cost import layer_costs
 from kfac.python.keras.registration import Registrar, approximations
 from kfac.python.ops import curvature_matrix_vector_products as products
 from kfac.python.ops import estimator, report, state
