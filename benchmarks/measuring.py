@@ -14,25 +14,31 @@ from typing import Any
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
+# Contender -> for every round, the time of each of its steps.
+Times = dict[str, list[list[float]]]
+
+
 def interleaved(
     steps: Mapping[str, Callable[[], Any]], rounds: int, steps_a_round: int
-) -> dict[str, list[list[float]]]:
-    """Seconds of every step, per contender and round.
+) -> tuple[Times, Times]:
+    """Wall-clock and processor seconds of every step, per contender and round.
 
     Contenders take turns step by step, so that whatever else the machine does slows
     all of them down alike; compare sums within a round, and rounds by their median.
+    Processor time (of all threads) does not count waiting for a busy processor.
     """
-    seconds = {name: [] for name in steps}
+    elapsed: Times = {name: [] for name in steps}
+    worked: Times = {name: [] for name in steps}
     for _ in range(rounds):
-        times = {name: [] for name in steps}
+        for times in (*elapsed.values(), *worked.values()):
+            times.append([])
         for _ in range(steps_a_round):
             for name, step in steps.items():
-                start = time.perf_counter()
+                start, processor = time.perf_counter(), time.process_time()
                 step()
-                times[name].append(time.perf_counter() - start)
-        for name, values in times.items():
-            seconds[name].append(values)
-    return seconds
+                elapsed[name][-1].append(time.perf_counter() - start)
+                worked[name][-1].append(time.process_time() - processor)
+    return elapsed, worked
 
 
 def round_means(rounds: list[list[float]]) -> list[float]:

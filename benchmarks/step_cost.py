@@ -61,7 +61,7 @@ def kfac_optimizer(model: keras.Model, **options) -> keras.optimizers.Optimizer:
 
 
 def measure_keras(model_name: str, batch_size: int, rounds: int) -> dict:
-    """Ratios of K-FAC's mean step to Adam's, and medians by phase."""
+    """Ratios of K-FAC's mean step to Adam's, and times by phase."""
     data = datasets.load()
     batch = (
         tf.constant(data.x_train[:batch_size]),
@@ -77,33 +77,47 @@ def measure_keras(model_name: str, batch_size: int, rounds: int) -> dict:
     steps = {name: keras_step(model_name, batch, make) for name, make in makers.items()}
     # One period first: tracing, and the inverses' denser schedule at the start.
     measuring.interleaved(steps, 1, INVERT_EVERY)
-    seconds = measuring.interleaved(steps, rounds, INVERT_EVERY)
+    times = measuring.interleaved(steps, rounds, INVERT_EVERY)
     result = {"model": model_name, "batch_size": batch_size, "rounds": rounds}
     for name in steps:
-        ratio, least, largest = measuring.paired_ratio(seconds[name], seconds["adam"])
         result[name] = {
-            "milliseconds": 1e3
-            * statistics.median(measuring.round_means(seconds[name])),
-            "ratio_to_adam": ratio,
-            "least_ratio": least,
-            "largest_ratio": largest,
-            "phases_milliseconds": phases(seconds[name]) if name != "adam" else {},
+            **compared(name, times),
+            "phases_milliseconds": phases(times[0][name], name != "adam"),
         }
     return result
 
 
-def phases(rounds: list[list[float]]) -> dict[str, float]:
-    """Median milliseconds of a plain step, and what the other phases add to one."""
+def compared(name: str, times: tuple[measuring.Times, measuring.Times]) -> dict:
+    """Figures of a contender, and their ratios to Adam's."""
+    elapsed, worked = times
+    ratio, least, largest = measuring.paired_ratio(elapsed[name], elapsed["adam"])
+    mean = statistics.median(measuring.round_means(elapsed[name]))
+    return {
+        "milliseconds": 1e3 * mean,
+        "ratio_to_adam": ratio,
+        "least_ratio": least,
+        "largest_ratio": largest,
+        "processor_ratio": measuring.paired_ratio(worked[name], worked["adam"])[0],
+    }
+
+
+def phases(rounds: list[list[float]], has_curvature: bool) -> dict[str, float]:
+    """Least milliseconds of a plain step, and what the other phases add to them.
+
+    The least time is what other work on the machine disturbs least.
+    """
     steps = np.array(rounds) * 1e3
     numbers = np.arange(steps.shape[1])
-    inverses = numbers % INVERT_EVERY == 0
-    statistics_only = (numbers % COV_UPDATE_EVERY == 0) & ~inverses
-    plain = np.median(steps[:, numbers % COV_UPDATE_EVERY != 0])
-    with_statistics = np.median(steps[:, statistics_only])
+    with_statistics = numbers % COV_UPDATE_EVERY == 0
+    with_inverses = numbers % INVERT_EVERY == 0
+    plain = steps[:, ~with_statistics].min()
+    if not has_curvature:
+        return {"plain step": float(plain)}
+    statistics_too = steps[:, with_statistics & ~with_inverses].min()
     return {
         "plain step": float(plain),
-        "statistics add": float(with_statistics - plain),
-        "inverses add": float(np.median(steps[:, inverses]) - with_statistics),
+        "statistics add": float(statistics_too - plain),
+        "inverses add": float(steps[:, with_inverses].min() - statistics_too),
     }
 
 
@@ -125,19 +139,11 @@ def measure_autoencoder(batch_size: int, rounds: int) -> dict:
         )
         steps[f"kfac, {name}"] = lambda step=step: step(images)
     measuring.interleaved(steps, 1, 5)
-    seconds = measuring.interleaved(steps, rounds, 5)
+    times = measuring.interleaved(steps, rounds, 5)
     result = {"model": "autoencoder", "batch_size": batch_size, "rounds": rounds}
     for name in steps:
-        ratio, least, largest = measuring.paired_ratio(seconds[name], seconds["adam"])
-        to_whole = measuring.paired_ratio(seconds[name], seconds["kfac, 1, 1"])
-        result[name] = {
-            "milliseconds": 1e3
-            * statistics.median(measuring.round_means(seconds[name])),
-            "ratio_to_adam": ratio,
-            "least_ratio": least,
-            "largest_ratio": largest,
-            "ratio_to_whole_batch": to_whole[0],
-        }
+        to_whole, _, _ = measuring.paired_ratio(times[0][name], times[0]["kfac, 1, 1"])
+        result[name] = {**compared(name, times), "ratio_to_whole_batch": to_whole}
     return result
 
 
@@ -148,6 +154,7 @@ def show(result: dict) -> None:
             values["milliseconds"],
             values["ratio_to_adam"],
             f"{values['least_ratio']:.2f} to {values['largest_ratio']:.2f}",
+            values["processor_ratio"],
             "; ".join(
                 f"{phase} {ms:.1f}"
                 for phase, ms in values.get("phases_milliseconds", {}).items()
@@ -158,7 +165,14 @@ def show(result: dict) -> None:
     ]
     reporting.print_table(
         f"{result['model']}, batch {result['batch_size']}",
-        ["contender", "ms a step", "in Adam steps", "range", "median ms by phase"],
+        [
+            "contender",
+            "ms a step",
+            "in Adam steps",
+            "range",
+            "processor",
+            "least ms by phase",
+        ],
         rows,
     )
 
