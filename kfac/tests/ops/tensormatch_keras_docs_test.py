@@ -5,7 +5,8 @@ python -m kfac.tests.ops.tensormatch_keras_docs_test      # write the page again
 
 import pathlib
 
-from kfac.tests.ops.tensormatch_keras_cases import CASES, GENERIC
+from kfac.tests.ops.tensormatch_keras_case import GENERIC
+from kfac.tests.ops.tensormatch_keras_cases import CASES
 
 PAGE = pathlib.Path(__file__).parents[3] / "docs" / "keras_layers.md"
 

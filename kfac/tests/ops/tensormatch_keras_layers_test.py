@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kfac.tests.ops.tensormatch_keras_cases import CASES, GENERIC
+from kfac.tests.ops.tensormatch_keras_case import GENERIC
+from kfac.tests.ops.tensormatch_keras_cases import CASES
 from kfac.tests.ops.tensormatch_keras_scan import BATCH, Scan, float64
 
 pytestmark = pytest.mark.usefixtures(float64.__name__)

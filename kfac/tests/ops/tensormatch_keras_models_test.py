@@ -8,7 +8,7 @@ from keras import layers
 
 from kfac.python.ops import layer_collection as lc
 from kfac.python.ops.tensormatch import graph_search
-from kfac.tests.ops.tensormatch_keras_cases import CONV, DENSE, GENERIC, SCALE, SHARED
+from kfac.tests.ops.tensormatch_keras_case import CONV, DENSE, GENERIC, SCALE, SHARED
 from kfac.tests.ops.tensormatch_keras_scan import BATCH, Scan, float64, members
 
 pytestmark = pytest.mark.usefixtures(float64.__name__)
