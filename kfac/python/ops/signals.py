@@ -220,7 +220,8 @@ class AllCoordinates(_FactorSignal):
             return [tf.convert_to_tensor(gradients[i]) for i in connected] or [signal]
 
         columns = []
-        for chunk in _chunks(self._num_coordinates(loss), _MAX_VECTORIZED_SOURCES):
+        size = 1 if _may_meet_replicas(loss.inputs) else _MAX_VECTORIZED_SOURCES
+        for chunk in _chunks(self._num_coordinates(loss), size):
             if len(chunk) == 1:
                 stacked = [g[None] for g in back_propagate(chunk[0])]
             else:
@@ -297,3 +298,21 @@ def _chunks(count: int, size: int) -> Iterator[list[int]]:
     coordinates = iter(range(count))
     while chunk := list(itertools.islice(coordinates, size)):
         yield chunk
+
+
+def _may_meet_replicas(inputs: Any) -> bool:
+    """Whether tensors may depend on other replicas' cases (batch normalisation can).
+
+    The backward pass then sums over replicas, which no vectorised loop can contain:
+    that of one replica would take the loop variables of the others for constants.
+    Such sums are ops with a gradient of their own, as are some activations.
+    """
+    if not (utils.is_in_replica() and utils.is_replicated()):
+        return False
+    tensors = tf.nest.flatten(inputs)
+    operations = [
+        op
+        for op in tensors[0].graph.get_operations()
+        if op.type == "IdentityN" and "_gradient_op_type" in op.node_def.attr
+    ]
+    return bool(utils.SubGraph(tensors).filter_list(operations))

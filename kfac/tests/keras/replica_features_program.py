@@ -57,8 +57,30 @@ def linear_model() -> keras.Model:
     return model
 
 
+def normalized_model() -> keras.Model:
+    random = np.random.default_rng(1)
+    model = keras.Sequential(
+        [
+            keras.Input([program.FEATURES]),
+            keras.layers.Dense(3, use_bias=False, name="hidden"),
+            keras.layers.BatchNormalization(synchronized=True),
+            keras.layers.Activation("tanh"),
+            keras.layers.Dense(program.CLASSES, name="logits"),
+        ]
+    )
+    for variable in model.trainable_variables:
+        variable.assign(random.normal(size=variable.shape))
+    return model
+
+
 def fit(
-    replicas, spoilt=None, one_direction=False, scaled=False, fishleg=False, **options
+    replicas,
+    spoilt=None,
+    one_direction=False,
+    normalized=False,
+    scaled=False,
+    fishleg=False,
+    **options,
 ) -> dict:
     """Four epochs of three steps.
 
@@ -66,6 +88,8 @@ def fit(
       replicas: how many; 0 for no strategy.
       spoilt: see `data`.
       one_direction: likewise; the model is a linear one for squared errors then.
+      normalized: whether the model has batch normalisation over all replicas' cases,
+        which is trained on the first batch alone.
       scaled: whether the optimizer is in a `LossScaleOptimizer`.
       fishleg: whether it is `FishLeg`.
       **options: of the optimizer.
@@ -76,7 +100,10 @@ def fit(
     if one_direction:
         loss, y = "mse", np.eye(program.CLASSES)[y] * np.arange(CASES)[:, None]
     with strategy.scope():
-        model = linear_model() if one_direction else program.make_model()
+        make_model = program.make_model
+        if normalized or one_direction:
+            make_model = normalized_model if normalized else linear_model
+        model = make_model()
         if fishleg:
             optimizer = FishLeg(0.1, 0.3, model, warmup_steps=3, seed=3)
         else:
@@ -84,7 +111,8 @@ def fit(
         optimizer.register_layers(model, loss)
         outer = keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer
         model.compile(outer, loss=loss, jit_compile=False)
-        model.fit(dataset(x, y), epochs=4, verbose=0)
+        batches = dataset(x, y)
+        model.fit(batches.take(1) if normalized else batches, epochs=4, verbose=0)
     found = program.numbers(model, optimizer)
     variables = [*model.variables, *outer.variables]
     return {

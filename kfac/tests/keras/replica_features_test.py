@@ -32,6 +32,7 @@ FEATURES = {
         "scaled": True,
         "spoilt": NOT_OF_THE_FIRST,
     },
+    "batch normalisation over all cases": {"normalized": True},
     # Half of 3 and of 2 cases are 2 and 1: other proportions.
     "losses of more cases than the statistics": {
         "one_direction": True,
