@@ -95,6 +95,12 @@ class PureModel:
             and not getattr(self.model, "keeps_loss", False)
         )
 
+    @property
+    def meets_replicas(self) -> bool:
+        """Whether layers sum over replicas: synchronised batch normalisation."""
+        layers = _leaf_layers(self.model, "")
+        return any(getattr(layer, "synchronized", False) for _, layer in layers)
+
     def paths(self) -> dict[Any, str]:
         """`variable.ref()` -> path, as Keras names the variable."""
         return {

@@ -117,6 +117,13 @@ class StepsMixin:
         if key in working.prototypes or working.model is None or specs is None:
             return
         self._check_owner(variables)
+        if utils.is_in_replica() and working.model.meets_replicas:
+            raise ValueError(
+                "A model with layers that sum over replicas (synchronized batch "
+                "normalization) must be registered before replicas are traced: give it "
+                "an Input, call optimizer.build_for(model) under strategy.scope(), and "
+                "use another estimation_mode than 'empirical', which waits for targets."
+            )
         is_stale = working.stale_state(working.model.state_names())
         if is_stale is not None:
             self._store.forget(is_stale)

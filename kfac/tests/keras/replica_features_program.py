@@ -112,7 +112,10 @@ def fit(
         outer = keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer
         model.compile(outer, loss=loss, jit_compile=False)
         batches = dataset(x, y)
-        model.fit(batches.take(1) if normalized else batches, epochs=4, verbose=0)
+        try:
+            model.fit(batches.take(1) if normalized else batches, epochs=4, verbose=0)
+        except ValueError as error:
+            return {"error": str(error)}
     found = program.numbers(model, optimizer)
     variables = [*model.variables, *outer.variables]
     return {

@@ -46,6 +46,7 @@ JOBS = {
     for name, options in FEATURES.items()
     for replicas in (0, 2)
 }
+REFUSED = {"replicas": 2, "normalized": True, "estimation_mode": "empirical"}
 JOBS["fishleg, 2"] = {"replicas": 2, "fishleg": True}
 # Loops that compute a loss of their own; or shared work, whose owners are counted.
 EKFAC = {
@@ -75,7 +76,7 @@ def run():
     finished = subprocess.run(
         [
             *[sys.executable, "-m", "kfac.tests.keras.replica_features_program"],
-            json.dumps({**JOBS, **LOOP_JOBS}),
+            json.dumps({**JOBS, **LOOP_JOBS, "refused": REFUSED}),
         ],
         capture_output=True,
         text=True,
@@ -109,6 +110,10 @@ def test_all_copies_of_all_variables_are_equal_to_the_bit(found, name):
 
 def test_a_replica_without_data_does_not_spoil_a_learned_inverse(found):
     assert np.all(np.isfinite(found["fishleg, 2"]["parameters"]))
+
+
+def test_what_cannot_be_registered_inside_of_a_replica_is_told(found):
+    assert "build_for(model)" in found["refused"]["error"]
 
 
 def test_a_step_that_overflows_on_one_replica_is_skipped_on_all(found):
