@@ -6,6 +6,8 @@ import re
 import matplotlib
 import pytest
 
+from kfac.python.ops import layer_inverses
+
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -31,6 +33,9 @@ def test_blocks_of_a_page_run_from_top_to_bottom(path, tmp_path, monkeypatch):
     if not found:
         pytest.skip("No block to run.")
     monkeypatch.chdir(tmp_path)
+    # A page that registers an inverse would change what later tests find.
+    registry = dict(layer_inverses._REGISTRY)
+    monkeypatch.setattr(layer_inverses, "_REGISTRY", registry)
     matplotlib.use("Agg")
     namespace = {"__name__": "__main__"}
     for line, block in found:
