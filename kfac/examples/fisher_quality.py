@@ -32,6 +32,8 @@ DEFAULTS = {
     "eval_size": 1000,
     "damping": 1e-2,
 }
+# Common flags that would do nothing here.
+WITHOUT = (*program.OPTIMIZER_FLAGS, "eval_every", "results")
 SIDE = 7
 CLASSES = 10
 # Of a matrix in the picture, along each side.
@@ -325,4 +327,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program.start(main, DEFAULTS)
+    program.start(main, DEFAULTS, WITHOUT)

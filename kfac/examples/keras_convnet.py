@@ -47,6 +47,8 @@ DEFAULTS = {
     "train_steps": None,
     "train_seconds": 30.0,
 }
+# Common flags that would do nothing here.
+WITHOUT = ("hidden_widths", "l2_reg", "auto_register_layers", "device")
 # The best of sweeps with 400 updates for each rate, by model.
 LEARNING_RATES = {
     "convnet": {"kfac": 0.01, "adam": 1e-2, "sgd": 0.1},
@@ -228,4 +230,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program.start(main, DEFAULTS)
+    program.start(main, DEFAULTS, WITHOUT)
