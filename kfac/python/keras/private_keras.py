@@ -24,6 +24,10 @@ KerasVariable = next(
 )
 
 
+# Whether Keras counts the step in `apply`; before that it did in what we replace.
+_APPLY_COUNTS = "assign_add" in keras.optimizers.Optimizer.apply.__code__.co_names
+
+
 class OptimizerHooks(keras.optimizers.Optimizer):
     """The steps of Keras' optimizer that have to be replaced as a whole.
 
@@ -56,6 +60,8 @@ class OptimizerHooks(keras.optimizers.Optimizer):
                 lambda: _assign_all(*zip(*self.averages(), strict=True)),
                 lambda: None,
             )
+        if not _APPLY_COUNTS:
+            self._iterations.assign_add(1)
 
     def _accumulate(self, grads: list, variables: list) -> None:
         """Adds to the sums of gradients, or takes a step with their mean."""
